@@ -1,0 +1,179 @@
+"""What a backbone is given and returns, and the parts that several backbones are made of.
+
+Contract, checked by ``tests/contracts.py``: a backbone is an ``nn.Module`` with
+
+- ``__init__(topology, num_modalities, channels_per_modality, cascade_channels, **options)``,
+- ``forward(x, cascade, present) -> BackboneOutput``, x (B, M, G, *D) without NaN, cascade (B, K, *D), present (B, M),
+- ``MIN_MODALITIES``, the fewest modalities that the method makes sense for,
+- ``compute_conv_feature_map_size(patch_size)``, nnU-Net's measure of memory in planning,
+- ``parameter_groups()``: parameters that need an optimiser setting of their own (most have none).
+
+Content of absent modalities never changes the output, and every parameter gets a gradient in every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
+from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
+from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BackboneOutput:
+    """Features for the output head.
+
+    Attributes:
+        features: decoder features, finest first, each (B, F_s, *D_s).
+        bottleneck: the deepest features (B, F, *d).
+        auxiliary_losses: scalars that the training objective adds, by name; empty in evaluation mode.
+    """
+
+    features: tuple[Tensor, ...]
+    bottleneck: Tensor
+    auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UNetTopology:
+    """The U-Net that nnU-Net planned: stages, strides, kernels, plain or residual encoder.
+
+    The fields are the constructor arguments of nnU-Net's two U-Nets, as its plans write them down.
+    """
+
+    n_stages: int
+    features_per_stage: Sequence[int]
+    conv_op: type[nn.Module]
+    kernel_sizes: Sequence[Any]
+    strides: Sequence[Any]
+    n_conv_per_stage_decoder: Sequence[int]
+    n_conv_per_stage: Sequence[int] | None = None
+    n_blocks_per_stage: Sequence[int] | None = None
+    conv_bias: bool = False
+    norm_op: type[nn.Module] | None = None
+    norm_op_kwargs: dict | None = None
+    dropout_op: type[nn.Module] | None = None
+    dropout_op_kwargs: dict | None = None
+    nonlin: type[nn.Module] | None = None
+    nonlin_kwargs: dict | None = None
+
+    def __post_init__(self) -> None:
+        if (self.n_conv_per_stage is None) == (self.n_blocks_per_stage is None):
+            raise ValueError(
+                "a plan's network needs either n_conv_per_stage (plain encoder) or n_blocks_per_stage (residual "
+                f"encoder); got {self.n_conv_per_stage} and {self.n_blocks_per_stage}"
+            )
+
+    @property
+    def dim(self) -> int:
+        """2 or 3."""
+        return convert_conv_op_to_dim(self.conv_op)
+
+    @property
+    def bottleneck_features(self) -> int:
+        """F, the channels of the deepest stage."""
+        return self.features_per_stage[-1]
+
+    def stage_sizes(self, patch_size: Sequence[int]) -> list[list[int]]:
+        """Spatial size of every encoder stage's output, finest first."""
+        sizes = [list(patch_size)]
+        for stride in self.strides:
+            steps = [stride] * self.dim if isinstance(stride, int) else stride
+            sizes.append([size // step for size, step in zip(sizes[-1], steps, strict=True)])
+        return sizes[1:]
+
+    def build_encoder(self, input_channels: int) -> nn.Module:
+        """One encoder; returns the features of every stage, finest first."""
+        shared = {
+            "input_channels": input_channels,
+            "n_stages": self.n_stages,
+            "features_per_stage": self.features_per_stage,
+            "conv_op": self.conv_op,
+            "kernel_sizes": self.kernel_sizes,
+            "strides": self.strides,
+            "conv_bias": self.conv_bias,
+            "norm_op": self.norm_op,
+            "norm_op_kwargs": self.norm_op_kwargs,
+            "dropout_op": self.dropout_op,
+            "dropout_op_kwargs": self.dropout_op_kwargs,
+            "nonlin": self.nonlin,
+            "nonlin_kwargs": self.nonlin_kwargs,
+            "return_skips": True,
+        }
+        if self.n_conv_per_stage is not None:
+            return PlainConvEncoder(n_conv_per_stage=self.n_conv_per_stage, **shared)
+        return ResidualEncoder(n_blocks_per_stage=self.n_blocks_per_stage, **shared)
+
+    def build_decoder(self) -> FeatureDecoder:
+        """nnU-Net's decoder without its segmentation layers."""
+        strides = [[stride] * self.dim if isinstance(stride, int) else stride for stride in self.strides]
+        # UNetDecoder keeps what it is given as `encoder`; a namespace keeps the encoder's weights out of the decoder
+        encoder = SimpleNamespace(
+            output_channels=list(self.features_per_stage),
+            strides=strides,
+            kernel_sizes=self.kernel_sizes,
+            conv_op=self.conv_op,
+            conv_bias=self.conv_bias,
+            norm_op=self.norm_op,
+            norm_op_kwargs=self.norm_op_kwargs,
+            dropout_op=self.dropout_op,
+            dropout_op_kwargs=self.dropout_op_kwargs,
+            nonlin=self.nonlin,
+            nonlin_kwargs=self.nonlin_kwargs,
+        )
+        return FeatureDecoder(encoder, self.n_conv_per_stage_decoder)
+
+
+class FeatureDecoder(UNetDecoder):
+    """nnU-Net's decoder, ending in features instead of segmentations: what an output head takes."""
+
+    def __init__(self, encoder: SimpleNamespace, n_conv_per_stage: Sequence[int]) -> None:
+        super().__init__(encoder, 1, n_conv_per_stage, deep_supervision=False)
+        del self.seg_layers
+
+    def forward(self, skips: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Skips of every stage, finest first (the last one is the bottleneck) -> features, finest first."""
+        features = [skips[-1]]
+        for stage, upsample, skip in zip(self.stages, self.transpconvs, reversed(skips[:-1]), strict=True):
+            features.append(stage(torch.cat((upsample(features[-1]), skip), 1)))
+        return tuple(reversed(features[1:]))
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """nnU-Net's measure of memory, less the segmentation layer that the head has."""
+        finest = np.prod([i // j for i, j in zip(input_size, self.encoder.strides[0], strict=True)], dtype=np.int64)
+        return super().compute_conv_feature_map_size(input_size) - self.num_classes * finest
+
+
+class ModalityReduction(nn.Module):
+    """A 1x1 convolution over the concatenated features of all modalities, in which absent ones have no part.
+
+    Presence is folded into the (tiny) weights of each sample instead of the features, so nothing of the features'
+    size is written or kept for it.
+
+    Args:
+        num_modalities: M.
+        in_features: channels of one modality.
+        out_features: channels of the result.
+    """
+
+    def __init__(self, num_modalities: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        fan_in = num_modalities * in_features
+        # He initialisation, as nnU-Net's own convolutions
+        self.weight = nn.Parameter(torch.randn(out_features, num_modalities, in_features) * math.sqrt(2 / fan_in))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:
+        """x (B, M, F, *D), present (B, M) -> (B, out_features, *D)."""
+        weight = self.weight * present.to(self.weight.dtype)[:, None, :, None]  # (B, out, M, F)
+        reduced = torch.bmm(weight.flatten(2), x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1))
+        return (reduced + self.bias.to(reduced.dtype)[:, None]).view(x.shape[0], -1, *x.shape[3:])

@@ -1,0 +1,31 @@
+"""``nnunet-multimodal``: what nnU-Net has no command for. Each subcommand is a module with the same two functions."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+from nnunet_multimodal import __version__
+
+# subcommand -> module with add_arguments(parser) and run(args) -> exit status, and the line that --help shows
+COMMANDS = {
+    "doctor": ("nnunet_multimodal.doctor", "check the installation and say what is wrong with it"),
+    "demo": ("nnunet_multimodal.demo", "plain nnU-Net and CRNP side by side, on synthetic data or on yours"),
+    "uncertainty": ("nnunet_multimodal.inference.uncertainty", "maps of each modality's uncertainty for whole images"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="nnunet-multimodal", description="Multi-modal segmentation inside nnU-Net.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, help_) in COMMANDS.items():
+        command = import_module(module)  # cheap: a command imports torch only when it runs
+        subparser = subparsers.add_parser(name, help=help_, description=command.__doc__)
+        subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    return args.run(args)

@@ -1,0 +1,57 @@
+"""One logit map, as in nnU-Net itself: a 1x1 convolution per resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from nnunet_multimodal.backbones.base import UNetTopology
+from nnunet_multimodal.heads.base import SegmentationLoss
+
+
+@dataclass(frozen=True)
+class DeterministicLogits:
+    """All mass on one logit map (B, C, *D)."""
+
+    mean: Tensor
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """The mean, as often as asked for: (*sample_shape, B, C, *D)."""
+        return self.mean.expand(*sample_shape, *self.mean.shape)
+
+
+class DeterministicHead(nn.Module):
+    """nnU-Net's segmentation layers, one for every decoder stage, finest first."""
+
+    def __init__(self, topology: UNetTopology, num_classes: int) -> None:
+        super().__init__()
+        self.topology = topology
+        self.num_classes = num_classes
+        # nnU-Net's loader of pretrained weights skips keys that contain ".seg_layers."
+        self.seg_layers = nn.ModuleList(
+            topology.conv_op(f, num_classes, 1, bias=True) for f in topology.features_per_stage[:-1]
+        )
+
+    def forward(self, features: Sequence[Tensor], bottleneck: Tensor) -> DeterministicLogits:
+        """See ``nnunet_multimodal.heads.base``."""
+        return DeterministicLogits(self.seg_layers[0](features[0]))
+
+    def coarse_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Logits of every coarser stage, finest first."""
+        return tuple(layer(f) for layer, f in zip(self.seg_layers[1:], features[1:], strict=True))
+
+    def unused_without_deep_supervision(self) -> Iterable[nn.Parameter]:
+        """Parameters of the coarser layers."""
+        return self.seg_layers[1:].parameters()
+
+    def build_loss(self, segmentation_loss: SegmentationLoss) -> Callable[[DeterministicLogits, Tensor], Tensor]:
+        """nnU-Net's loss of the mean."""
+        return lambda distribution, target: segmentation_loss(distribution.mean, target)
+
+    def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
+        """Feature map elements of one sample, nnU-Net's measure of memory."""
+        sizes = self.topology.stage_sizes(patch_size)[: -1 if deep_supervision else 1]
+        return sum(self.num_classes * np.prod(size, dtype=np.int64) for size in sizes)

@@ -1,0 +1,116 @@
+"""The names that nnU-Net's class lookup finds here, and the length suffix that every trainer takes.
+
+``CRNPTrainer_5epochs`` is ``CRNPTrainer`` with ``num_epochs = 5``, for any number, without a class per length.
+``_100iterations`` after it (or alone) sets the iterations of an epoch as well, a fifth as many for its validation,
+which is nnU-Net's own ratio. nnU-Net's trainers take the second suffix too, so that a comparison can give every
+trainer the same, short schedule: ``nnUNetTrainer_12epochs_100iterations``.
+"""
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+
+TRAINERS = "nnunetv2.training.nnUNetTrainer"
+PLANNING = "nnunetv2.experiment_planning"
+
+# The package that nnU-Net searches -> our class -> our module.
+CLASSES: dict[str, dict[str, str]] = {
+    TRAINERS: {
+        "CRNPTrainer": "nnunet_multimodal.trainers.crnp",
+        "EarlyFusionTrainer": "nnunet_multimodal.trainers.early_fusion",
+    },
+    PLANNING: {
+        "nnUNetPlannerCRNP": "nnunet_multimodal.plans.crnp",
+        "nnUNetPlannerCRNPResEncM": "nnunet_multimodal.plans.crnp",
+        "nnUNetPlannerCRNPResEncL": "nnunet_multimodal.plans.crnp",
+        "nnUNetPlannerCRNPResEncXL": "nnunet_multimodal.plans.crnp",
+        "nnUNetPlannerCPU": "nnunet_multimodal.plans.cpu",
+        "nnUNetPlannerTiny": "nnunet_multimodal.plans.cpu",
+    },
+}
+
+_LENGTH = re.compile(r"(?P<base>.+?)(?:_(?P<epochs>\d+)epochs?)?(?:_(?P<iterations>\d+)iterations?)?$")
+_with_length: dict[tuple[type, str], type] = {}
+
+
+def find_class(name: str, package: str | None, find_stock: Callable[[str], type | None]) -> type | None:
+    """Answer nnU-Net's search for a class.
+
+    Args:
+        name: class name as the user typed it, such as ``CRNPTrainer_5epochs``.
+        package: dotted name of the nnU-Net package that is searched; None for a folder of ``nnUNet_extTrainer``.
+        find_stock: nnU-Net's own search in that package.
+
+    Returns:
+        The class, or None where neither we nor nnU-Net have it.
+
+    Raises:
+        ValueError: a length of zero.
+    """
+    if package == TRAINERS:
+        return _find_trainer(name, find_stock)
+    ours = CLASSES.get(package or "", {})
+    if name in ours:
+        return getattr(import_module(ours[name]), name)
+    return find_stock(name)
+
+
+def _find_trainer(name: str, find_stock: Callable[[str], type | None]) -> type | None:
+    length = split_length(name)
+    ours = CLASSES[TRAINERS]
+    if length[0] in ours:
+        return getattr(import_module(ours[length[0]]), name)
+    if length[2] is None:  # stock names, stock lengths: none of our business
+        return find_stock(name)
+    stock = find_stock(length[0])
+    return None if stock is None else trainer_with_length(stock, name)
+
+
+def split_length(name: str) -> tuple[str, int | None, int | None]:
+    """``CRNPTrainer_5epochs_100iterations`` -> ("CRNPTrainer", 5, 100); None for a part that is not there.
+
+    Raises:
+        ValueError: a length of zero.
+    """
+    match = _LENGTH.match(name)
+    if match is None:
+        return name, None, None
+    lengths = [None if match[key] is None else int(match[key]) for key in ("epochs", "iterations")]
+    if 0 in lengths:
+        raise ValueError(f"trainer {name!r} asks for a training of length 0; use 1 or more, such as {match['base']}_5epochs")
+    return match["base"], lengths[0], lengths[1]
+
+
+def trainer_with_length(trainer: type, name: str) -> type:
+    """The subclass of ``trainer`` that a name with a length suffix stands for; the same object on every call."""
+    if (trainer, name) not in _with_length:
+        _, epochs, iterations = split_length(name)
+
+        def __init__(self, plans, configuration, fold, dataset_json, device=None):  # noqa: N807
+            # nnU-Net reads the names of these parameters to save them in the checkpoint
+            device = [] if device is None else [device]
+            super(cls, self).__init__(plans, configuration, fold, dataset_json, *device)
+            if epochs is not None:
+                self.num_epochs = epochs
+            if iterations is not None:
+                self.num_iterations_per_epoch = iterations
+                self.num_val_iterations_per_epoch = max(1, iterations // 5)
+
+        members = {"__init__": __init__, "__module__": trainer.__module__, "__doc__": trainer.__doc__}
+        cls = _with_length[trainer, name] = type(name, (trainer,), members)
+    return _with_length[trainer, name]
+
+
+def length_suffixes(trainer: type) -> Callable[[str], type]:
+    """A module's ``__getattr__`` (PEP 562) that resolves ``trainer``'s name with a length suffix.
+
+    It makes the suffix work wherever a trainer's module is looked into by name: in our lookup, in a folder of
+    ``nnUNet_extTrainer`` and when a class is unpickled.
+    """
+
+    def __getattr__(name: str) -> type:  # noqa: N807
+        if name.startswith(f"{trainer.__name__}_") and split_length(name)[0] == trainer.__name__:
+            return trainer_with_length(trainer, name)
+        raise AttributeError(name)
+
+    return __getattr__

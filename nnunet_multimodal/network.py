@@ -1,0 +1,164 @@
+"""The network of every method: a backbone and an output head behind nnU-Net's calling convention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_multimodal.backbones import BACKBONES
+from nnunet_multimodal.backbones.base import UNetTopology
+from nnunet_multimodal.heads import HEADS
+from nnunet_multimodal.heads.base import LogitDistribution, SegmentationLoss
+from nnunet_multimodal.modalities import check_groups, split_present
+
+
+@dataclass(frozen=True)
+class NetworkOutput:
+    """What the training objective needs; passes through nnU-Net's training and validation steps unchanged.
+
+    Attributes:
+        distribution: at full resolution.
+        coarse_logits: mean logits of the coarser decoder stages, finest first; empty without deep supervision.
+        auxiliary_losses: scalars by name, already weighted; empty in evaluation mode.
+    """
+
+    distribution: LogitDistribution
+    coarse_logits: tuple[Tensor, ...] = ()
+    auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Mean logits by resolution, finest first: nnU-Net's validation step takes ``output[0]``."""
+        return (self.distribution.mean, *self.coarse_logits)[index]
+
+
+class MultimodalUNet(nn.Module):
+    """A segmentation network for several modalities.
+
+    In training it returns a :class:`NetworkOutput`. In evaluation it does so with deep supervision on (nnU-Net's online
+    validation); off, it returns plain logits (B, C, *D), which is what nnU-Net's predictor wants.
+
+    Args:
+        input_channels: image channels, then those of nnU-Net's cascade.
+        num_classes: C, output channels (classes, or regions).
+        backbone: a name in ``nnunet_multimodal.backbones.BACKBONES``.
+        head: a name in ``nnunet_multimodal.heads.HEADS``.
+        num_image_channels: how many of the input channels are image channels; all of them if not given.
+        modalities: image channels of each modality, such as ``[[0], [1, 2]]``; one channel each if not given.
+        backbone_kwargs: options of the backbone.
+        head_kwargs: options of the head.
+        deep_supervision: see above; can be set later as an attribute.
+        **unet: the topology, as nnU-Net's plans hold it (:class:`~nnunet_multimodal.backbones.base.UNetTopology`).
+
+    Raises:
+        ValueError: a name or an option that does not exist (naming those that do), or groups that do not fit.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        backbone: str,
+        head: str = "deterministic",
+        num_image_channels: int | None = None,
+        modalities: Sequence[Sequence[int]] | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        head_kwargs: dict[str, Any] | None = None,
+        deep_supervision: bool = False,
+        **unet: Any,
+    ) -> None:
+        super().__init__()
+        topology = build(UNetTopology, "network topology", unet)
+        self.num_image_channels = num_image_channels or input_channels
+        groups = check_groups(modalities or [[c] for c in range(self.num_image_channels)], self.num_image_channels)
+        order = [channel for group in groups for channel in group]
+        self.channel_order = None if order == sorted(order) else order
+        self.num_modalities = len(groups)
+        self.backbone = build(
+            look_up("backbone", backbone, BACKBONES),
+            f"backbone {backbone!r}",
+            backbone_kwargs or {},
+            topology,
+            self.num_modalities,
+            len(groups[0]),
+            input_channels - self.num_image_channels,
+        )
+        self.head = build(look_up("head", head, HEADS), f"head {head!r}", head_kwargs or {}, topology, num_classes)
+        self.deep_supervision = deep_supervision
+        if not deep_supervision:  # DistributedDataParallel stops on a parameter that gets no gradient
+            for parameter in self.head.unused_without_deep_supervision():
+                parameter.requires_grad_(False)
+
+    @property
+    def decoder(self) -> MultimodalUNet:
+        """nnU-Net's trainer sets ``network.decoder.deep_supervision``; it is ours."""
+        return self
+
+    def forward(self, x: Tensor) -> NetworkOutput | Tensor:
+        """Image and cascade channels (B, input_channels, *D) -> see the class."""
+        output = self.backbone(*self.split(x))
+        distribution = self.head(output.features, output.bottleneck)
+        if not (self.training or self.deep_supervision):
+            return distribution.mean
+        coarse = self.head.coarse_logits(output.features) if self.deep_supervision else ()
+        return NetworkOutput(distribution, coarse, output.auxiliary_losses)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input (B, input_channels, *D) -> modalities (B, M, G, *D), cascade (B, K, *D), present (B, M)."""
+        image, cascade = x[:, : self.num_image_channels], x[:, self.num_image_channels :]
+        if self.channel_order is not None:
+            image = image[:, self.channel_order]
+        image, present = split_present(image)
+        image = image.unflatten(1, (self.num_modalities, -1))
+        return image, cascade, present.unflatten(1, (self.num_modalities, -1)).all(2)
+
+    @torch.no_grad()
+    def modality_uncertainty(self, x: Tensor) -> Tensor:
+        """Uncertainty of each modality at the resolution of the input: (B, M, *D), for backbones that measure it."""
+        coarse = self.backbone.modality_uncertainty(*self.split(x))
+        return F.interpolate(coarse, x.shape[2:], mode="bilinear" if x.ndim == 4 else "trilinear", align_corners=False)
+
+    def build_loss(self, segmentation_loss: SegmentationLoss) -> Callable[[LogitDistribution, Tensor], Tensor]:
+        """The head's loss at full resolution, from nnU-Net's."""
+        return self.head.build_loss(segmentation_loss)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Feature map elements of one sample; nnU-Net's planner compares it with its reference networks'."""
+        backbone = self.backbone.compute_conv_feature_map_size(input_size)
+        return backbone + self.head.compute_conv_feature_map_size(input_size, self.deep_supervision)
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """nnU-Net's initialisation, applied to every module."""
+        InitWeights_He(1e-2)(module)
+        init_last_bn_before_add_to_0(module)
+
+
+def look_up(kind: str, name: str, registry: dict[str, type[nn.Module]]) -> type[nn.Module]:
+    """The class of that name.
+
+    Raises:
+        ValueError: no such name; lists those that exist.
+    """
+    if name not in registry:
+        raise ValueError(f"{kind} {name!r} does not exist; there are: {', '.join(registry)}")
+    return registry[name]
+
+
+def build(cls: Callable[..., Any], what: str, options: dict[str, Any], *args: Any) -> Any:
+    """Call a constructor, with an error that users can act on where an option of the plans file does not exist.
+
+    Raises:
+        ValueError: an option does not fit the constructor.
+    """
+    try:
+        return cls(*args, **options)
+    except TypeError as error:
+        hint = f" (known: {', '.join(f.name for f in fields(cls))})" if cls is UNetTopology else ""
+        raise ValueError(f"options {options} do not fit the {what}: {error}{hint}; correct the plans file") from error

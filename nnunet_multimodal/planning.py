@@ -1,0 +1,108 @@
+"""From nnU-Net's plans to a network here, and planning that knows what these networks cost.
+
+With stock plans a trainer lifts the planned topology to its own network. A method's options stand in the plans file,
+in a configuration (inherited like everything there), under one key:
+
+    "3d_fullres": {..., "nnunet_multimodal": {"modalities": [[0], [1]], "crnp": {"fusion": "concat"}}}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+from nnunet_multimodal.backbones import BACKBONES
+from nnunet_multimodal.heads import HEADS
+from nnunet_multimodal.network import MultimodalUNet
+
+OPTIONS_KEY = "nnunet_multimodal"
+NETWORK_CLASS = f"{MultimodalUNet.__module__}.{MultimodalUNet.__name__}"
+STOCK_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
+
+
+def network_kwargs(configuration_manager: ConfigurationManager, backbone: str, head: str) -> dict[str, Any]:
+    """Constructor arguments of :class:`MultimodalUNet` for a configuration of nnU-Net's plans, ours or stock.
+
+    Args:
+        configuration_manager: the configuration.
+        backbone: the trainer's backbone.
+        head: the trainer's head.
+
+    Raises:
+        ValueError: the plan's network is not a U-Net whose topology can be taken over, or an option does not exist.
+    """
+    class_name = configuration_manager.network_arch_class_name
+    kwargs = dict(configuration_manager.network_arch_init_kwargs)
+    if class_name == NETWORK_CLASS:
+        if kwargs.pop("backbone") != backbone:
+            kwargs.pop("backbone_kwargs", None)
+        if kwargs.pop("head", None) != head:
+            kwargs.pop("head_kwargs", None)
+    elif class_name.rsplit(".", 1)[-1] not in STOCK_NETWORKS:
+        raise ValueError(
+            f"the plan's network {class_name} is not a U-Net whose topology a multi-modal network can take over; "
+            f"use plans of nnUNetPlanner, nnUNetPlannerResEncM/L/XL or one of ours (-pl nnUNetPlannerCRNP)"
+        )
+    options = dict(configuration_manager.configuration.get(OPTIONS_KEY, {}))
+    unknown = set(options) - {"modalities", *BACKBONES, *HEADS}
+    if unknown:
+        raise ValueError(
+            f"{sorted(unknown)} under {OPTIONS_KEY!r} in the plans file is not known; there are: modalities, "
+            f"{', '.join((*BACKBONES, *HEADS))}"
+        )
+    return {
+        "num_image_channels": len(configuration_manager.normalization_schemes),
+        **kwargs,
+        **({"modalities": options["modalities"]} if "modalities" in options else {}),
+        "backbone": backbone,
+        "head": head,
+        "backbone_kwargs": {**kwargs.get("backbone_kwargs", {}), **options.get(backbone, {})},
+        "head_kwargs": {**kwargs.get("head_kwargs", {}), **options.get(head, {})},
+    }
+
+
+class MultimodalPlannerMixin(ExperimentPlanner):
+    """Plans patch and batch size for our network instead of nnU-Net's, in front of any of nnU-Net's U-Net planners.
+
+    nnU-Net lowers the patch size until the feature maps of its network fit a reference; the same reference is compared
+    with the feature maps of ours, all encoders included.
+    """
+
+    backbone: str
+    head: str = "deterministic"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
+        needed = BACKBONES[self.backbone].MIN_MODALITIES
+        if len(channels) < needed:
+            raise ValueError(
+                f"{self.dataset_name} has {len(channels)} modality ({', '.join(map(str, channels.values()))}) and "
+                f"{self.backbone} needs at least {needed} to fuse; plan it with nnU-Net's own planner instead"
+            )
+        self.UNet_class = MultimodalUNet
+
+    # nnU-Net's is a static method that it calls on the instance
+    def static_estimate_VRAM_usage(  # type: ignore[override]  # noqa: N802
+        self, patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
+    ):
+        """Feature map elements of our network for a patch."""
+        return ExperimentPlanner.static_estimate_VRAM_usage(
+            patch_size,
+            input_channels,
+            output_channels,
+            arch_class_name,
+            {**arch_kwargs, **self._method()},
+            arch_kwargs_req_import,
+        )
+
+    def get_plans_for_configuration(self, *args: Any, **kwargs: Any) -> dict:
+        """nnU-Net's, with the method written into the plan's architecture."""
+        plan = super().get_plans_for_configuration(*args, **kwargs)
+        plan["architecture"]["arch_kwargs"].update(self._method(), num_image_channels=len(plan["normalization_schemes"]))
+        return plan
+
+    def _method(self) -> dict[str, str]:
+        return {"backbone": self.backbone, "head": self.head}

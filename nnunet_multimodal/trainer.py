@@ -1,0 +1,115 @@
+"""Every hook of this project into nnU-Net's trainer; a method's trainer only names its backbone and head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_multimodal.backbones import BACKBONES
+from nnunet_multimodal.losses import Objective
+from nnunet_multimodal.network import MultimodalUNet
+from nnunet_multimodal.planning import network_kwargs
+
+
+class GroupPolyLRScheduler(PolyLRScheduler):
+    """nnU-Net's schedule, times each parameter group's ``lr_scale``; nnU-Net's writes one rate into every group."""
+
+    def step(self, current_step: int | None = None) -> None:
+        """Set the learning rates of an epoch."""
+        super().step(current_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+class MultimodalTrainer(nnUNetTrainer):
+    """Base of all trainers here; not for use by itself.
+
+    Options of a method are read from the plans file (see :func:`nnunet_multimodal.planning.network_kwargs`), so that
+    the model's own ``plans.json`` holds all that prediction needs.
+    """
+
+    backbone: str
+    head: str
+
+    def initialize(self) -> None:
+        """nnU-Net's, after a check that the method suits the dataset.
+
+        Raises:
+            ValueError: the dataset has fewer modalities than the method needs.
+        """
+        check_modalities(self.backbone, self.configuration_manager, self.dataset_json, self.plans_manager.dataset_name)
+        super().initialize()
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The plan's topology with this trainer's backbone and head; a classmethod as nnU-Net's predictor calls it."""
+        return get_network_from_plans(
+            f"{MultimodalUNet.__module__}.{MultimodalUNet.__name__}",
+            network_kwargs(configuration_manager, cls.backbone, cls.head),
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
+        )
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, GroupPolyLRScheduler]:
+        """nnU-Net's SGD and schedule, with the parameter groups that the backbone asks for."""
+        optimizer, _ = super().configure_optimizers()
+        for group in unwrap(self.network).backbone.parameter_groups():
+            split_group(optimizer, dict(group))
+        return optimizer, GroupPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def _build_loss(self) -> nn.Module:
+        loss = super()._build_loss()
+        weights = None
+        if self.enable_deep_supervision:
+            loss, weights = loss.loss, loss.weight_factors
+        return Objective(unwrap(self.network).build_loss(loss), loss, weights)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network without DistributedDataParallel and torch.compile around it."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def split_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Move the parameters of ``group`` out of the optimiser's first group into a group with settings of its own."""
+    own = {id(parameter) for parameter in group["params"]}
+    first = optimizer.param_groups[0]
+    first["params"] = [parameter for parameter in first["params"] if id(parameter) not in own]
+    group["weight_decay"] = first["weight_decay"] * group.pop("weight_decay_scale", 1.0)
+    optimizer.add_param_group(group)
+
+
+def check_modalities(
+    backbone: str, configuration_manager: ConfigurationManager, dataset_json: dict, dataset_name: str
+) -> None:
+    """Raise a ValueError if the dataset has fewer modalities than the backbone needs."""
+    groups = configuration_manager.configuration.get("nnunet_multimodal", {}).get("modalities")
+    num_modalities = len(groups or configuration_manager.normalization_schemes)
+    needed = BACKBONES[backbone].MIN_MODALITIES
+    if num_modalities < needed:
+        channels = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+        raise ValueError(
+            f"{dataset_name} has {num_modalities} modality ({', '.join(map(str, channels.values()))}) and {backbone} "
+            f"needs at least {needed} to fuse; train it with -tr nnUNetTrainer or -tr EarlyFusionTrainer instead"
+        )

@@ -1,0 +1,1 @@
+"""Planners that nnU-Net's commands find by name (``-pl``)."""
