@@ -65,7 +65,7 @@ def wrap(module):
     # Modules that were imported before us (a script that imports nnU-Net first) hold the function by name.
     for name, other in list(sys.modules.items()):
         if name.startswith("nnunetv2.") and getattr(other, "recursive_find_python_class", None) is stock:
-            other.recursive_find_python_class = recursive_find_python_class
+            vars(other)["recursive_find_python_class"] = recursive_find_python_class
 
 
 def install():

@@ -1,8 +1,9 @@
-"""``nnunet-multimodal``: what nnU-Net has no command for. Each subcommand is a module with the same two functions."""
+"""``nnunet-multimodal``: what nnU-Net has no command for. Each subcommand is a module with two functions."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -18,14 +19,21 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="nnunet-multimodal", description="Multi-modal segmentation inside nnU-Net.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((argument for argument in argv if not argument.startswith("-")), None)
     for name, (module, help_) in COMMANDS.items():
-        command = import_module(module)  # cheap: a command imports torch only when it runs
-        subparser = subparsers.add_parser(name, help=help_, description=command.__doc__)
-        subparser.formatter_class = argparse.RawDescriptionHelpFormatter
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser = subparsers.add_parser(name, help=help_, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:  # importing a command may import torch, which takes seconds
+            command = import_module(module)
+            subparser.description = command.__doc__
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -77,7 +77,7 @@ def split_length(name: str) -> tuple[str, int | None, int | None]:
         return name, None, None
     lengths = [None if match[key] is None else int(match[key]) for key in ("epochs", "iterations")]
     if 0 in lengths:
-        raise ValueError(f"trainer {name!r} asks for a training of length 0; use 1 or more, such as {match['base']}_5epochs")
+        raise ValueError(f"trainer {name!r} asks for a training of length 0; use 1 or more: {match['base']}_5epochs")
     return match["base"], lengths[0], lengths[1]
 
 
@@ -89,7 +89,7 @@ def trainer_with_length(trainer: type, name: str) -> type:
         def __init__(self, plans, configuration, fold, dataset_json, device=None):  # noqa: N807
             # nnU-Net reads the names of these parameters to save them in the checkpoint
             device = [] if device is None else [device]
-            super(cls, self).__init__(plans, configuration, fold, dataset_json, *device)
+            trainer.__init__(self, plans, configuration, fold, dataset_json, *device)
             if epochs is not None:
                 self.num_epochs = epochs
             if iterations is not None:
@@ -97,7 +97,7 @@ def trainer_with_length(trainer: type, name: str) -> type:
                 self.num_val_iterations_per_epoch = max(1, iterations // 5)
 
         members = {"__init__": __init__, "__module__": trainer.__module__, "__doc__": trainer.__doc__}
-        cls = _with_length[trainer, name] = type(name, (trainer,), members)
+        _with_length[trainer, name] = type(name, (trainer,), members)
     return _with_length[trainer, name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class Objective(nn.Module):
         self.segmentation_loss = segmentation_loss
         self.weights = weights
 
-    def forward(self, output: NetworkOutput | Tensor, target: list[Tensor] | Tensor) -> Tensor:
+    def forward(self, output: NetworkOutput | Tensor, target: Any) -> Tensor:
         """Scalar loss of a network's output against nnU-Net's target (a list, finest first, with deep supervision).
 
         Plain logits come from nnU-Net's online validation without deep supervision.
@@ -41,9 +42,7 @@ class Objective(nn.Module):
             loss = self.distribution_loss(output.distribution, target)
         else:
             loss = self.weights[0] * self.distribution_loss(output.distribution, target[0])
-            for weight, logits, coarse_target in zip(
-                self.weights[1:], output.coarse_logits, target[1:], strict=True
-            ):
+            for weight, logits, coarse_target in zip(self.weights[1:], output.coarse_logits, target[1:], strict=True):
                 if weight != 0:
                     loss = loss + weight * self.segmentation_loss(logits, coarse_target)
         return sum(output.auxiliary_losses.values(), loss)

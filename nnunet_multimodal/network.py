@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_multimodal.backbones import BACKBONES
-from nnunet_multimodal.backbones.base import UNetTopology
+from nnunet_multimodal.backbones.base import Backbone, UNetTopology
 from nnunet_multimodal.heads import HEADS
-from nnunet_multimodal.heads.base import LogitDistribution, SegmentationLoss
+from nnunet_multimodal.heads.base import Head, LogitDistribution, SegmentationLoss
 from nnunet_multimodal.modalities import check_groups, split_present
 
 
@@ -76,20 +78,23 @@ class MultimodalUNet(nn.Module):
         super().__init__()
         topology = build(UNetTopology, "network topology", unet)
         self.num_image_channels = num_image_channels or input_channels
-        groups = check_groups(modalities or [[c] for c in range(self.num_image_channels)], self.num_image_channels)
-        order = [channel for group in groups for channel in group]
+        single = [[channel] for channel in range(self.num_image_channels)]
+        self.groups = check_groups(modalities or single, self.num_image_channels)
+        order = [channel for group in self.groups for channel in group]
         self.channel_order = None if order == sorted(order) else order
-        self.num_modalities = len(groups)
-        self.backbone = build(
+        self.num_modalities = len(self.groups)
+        self.backbone: Backbone = build(
             look_up("backbone", backbone, BACKBONES),
             f"backbone {backbone!r}",
             backbone_kwargs or {},
             topology,
             self.num_modalities,
-            len(groups[0]),
+            len(self.groups[0]),
             input_channels - self.num_image_channels,
         )
-        self.head = build(look_up("head", head, HEADS), f"head {head!r}", head_kwargs or {}, topology, num_classes)
+        self.head: Head = build(
+            look_up("head", head, HEADS), f"head {head!r}", head_kwargs or {}, topology, num_classes
+        )
         self.deep_supervision = deep_supervision
         if not deep_supervision:  # DistributedDataParallel stops on a parameter that gets no gradient
             for parameter in self.head.unused_without_deep_supervision():
@@ -140,7 +145,14 @@ class MultimodalUNet(nn.Module):
         init_last_bn_before_add_to_0(module)
 
 
-def look_up(kind: str, name: str, registry: dict[str, type[nn.Module]]) -> type[nn.Module]:
+def unwrap(network: Any) -> Any:
+    """The network without DistributedDataParallel and torch.compile around it."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def look_up(kind: str, name: str, registry: dict[str, Any]) -> Any:
     """The class of that name.
 
     Raises:

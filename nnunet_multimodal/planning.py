@@ -85,7 +85,7 @@ class MultimodalPlannerMixin(ExperimentPlanner):
         self.UNet_class = MultimodalUNet
 
     # nnU-Net's is a static method that it calls on the instance
-    def static_estimate_VRAM_usage(  # type: ignore[override]  # noqa: N802
+    def static_estimate_VRAM_usage(  # noqa: N802
         self, patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
     ):
         """Feature map elements of our network for a patch."""
@@ -101,7 +101,8 @@ class MultimodalPlannerMixin(ExperimentPlanner):
     def get_plans_for_configuration(self, *args: Any, **kwargs: Any) -> dict:
         """nnU-Net's, with the method written into the plan's architecture."""
         plan = super().get_plans_for_configuration(*args, **kwargs)
-        plan["architecture"]["arch_kwargs"].update(self._method(), num_image_channels=len(plan["normalization_schemes"]))
+        channels = len(plan["normalization_schemes"])
+        plan["architecture"]["arch_kwargs"].update(self._method(), num_image_channels=channels)
         return plan
 
     def _method(self) -> dict[str, str]:

@@ -10,12 +10,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.losses import Objective
-from nnunet_multimodal.network import MultimodalUNet
+from nnunet_multimodal.network import MultimodalUNet, unwrap
 from nnunet_multimodal.planning import network_kwargs
 
 
@@ -82,13 +80,6 @@ class MultimodalTrainer(nnUNetTrainer):
         if self.enable_deep_supervision:
             loss, weights = loss.loss, loss.weight_factors
         return Objective(unwrap(self.network).build_loss(loss), loss, weights)
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    """The network without DistributedDataParallel and torch.compile around it."""
-    if isinstance(network, DistributedDataParallel):
-        network = network.module
-    return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
 def split_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:

@@ -1,23 +1,13 @@
-"""What a backbone is given and returns, and the parts that several backbones are made of.
-
-Contract, checked by ``tests/contracts.py``: a backbone is an ``nn.Module`` with
-
-- ``__init__(topology, num_modalities, channels_per_modality, cascade_channels, **options)``,
-- ``forward(x, cascade, present) -> BackboneOutput``, x (B, M, G, *D) without NaN, cascade (B, K, *D), present (B, M),
-- ``MIN_MODALITIES``, the fewest modalities that the method makes sense for,
-- ``compute_conv_feature_map_size(patch_size)``, nnU-Net's measure of memory in planning,
-- ``parameter_groups()``: parameters that need an optimiser setting of their own (most have none).
-
-Content of absent modalities never changes the output, and every parameter gets a gradient in every step.
-"""
+"""What a backbone is given and returns, and the parts that several backbones are made of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +31,47 @@ class BackboneOutput:
     features: tuple[Tensor, ...]
     bottleneck: Tensor
     auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Backbone(nn.Module, ABC):
+    """From modalities to decoder features.
+
+    Promises, checked by ``tests/contracts.py`` for every backbone: the content of an absent modality never changes the
+    output, every parameter gets a gradient in every step, and the graph compiles whole, whatever is present.
+
+    The constructor takes ``(topology, num_modalities, channels_per_modality, cascade_channels, **options)``.
+    """
+
+    MIN_MODALITIES: ClassVar[int] = 1  # fewer make no sense for the method
+
+    @abstractmethod
+    def forward(self, x: Tensor, cascade: Tensor, present: Tensor) -> BackboneOutput:
+        """Compute features.
+
+        Args:
+            x: modalities (B, M, G, *D), zero where absent; G channels each.
+            cascade: channels of nnU-Net's previous stage (B, K, *D), K = 0 without one.
+            present: (B, M) bool.
+        """
+
+    @abstractmethod
+    def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
+        """Feature map elements of one sample, which nnU-Net's planners compare with their reference networks'."""
+
+    def parameter_groups(self) -> Iterable[dict[str, Any]]:
+        """Parameters that need settings of their own, as optimiser groups.
+
+        Besides the optimiser's own keys, ``lr_scale`` and ``weight_decay_scale`` are relative to nnU-Net's values.
+        """
+        return ()
+
+    def modality_uncertainty(self, x: Tensor, cascade: Tensor, present: Tensor) -> Tensor:
+        """Uncertainty of each modality on a coarse grid (B, M, *d), for methods that measure it.
+
+        Raises:
+            ValueError: this method does not.
+        """
+        raise ValueError(f"{type(self).__name__} does not measure the uncertainty of modalities; CRNPTrainer's does")
 
 
 @dataclass(frozen=True)
@@ -91,7 +122,7 @@ class UNetTopology:
             sizes.append([size // step for size, step in zip(sizes[-1], steps, strict=True)])
         return sizes[1:]
 
-    def build_encoder(self, input_channels: int) -> nn.Module:
+    def build_encoder(self, input_channels: int) -> PlainConvEncoder | ResidualEncoder:
         """One encoder; returns the features of every stage, finest first."""
         shared = {
             "input_channels": input_channels,

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_multimodal.backbones.base import BackboneOutput, ModalityReduction, UNetTopology
+from nnunet_multimodal.backbones.base import Backbone, BackboneOutput, ModalityReduction, UNetTopology
 
 NEGATIVE_SLOPE = 0.25  # paper, 4.2
 LOSS_FACTOR = 1e-3  # see the deviations
@@ -73,6 +73,10 @@ class RandomNetworkPrediction(nn.Module):
         in_features: F.
         out_features: F_out of both networks.
     """
+
+    target_in: Tensor
+    target_hidden: Tensor
+    target_out: Tensor
 
     def __init__(self, num_modalities: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -245,7 +249,7 @@ class CRNPFusion(nn.Module):
         return fused.reshape(shape), relative_error(error, x) * present
 
 
-class CRNPBackbone(nn.Module):
+class CRNPBackbone(Backbone):
     """An encoder per modality (shared weights by default), CRNP fusion at the bottleneck, one decoder.
 
     Options are those of :class:`CRNPFusion` and ``encoder``, ``shared`` or ``separate``.
@@ -307,7 +311,8 @@ class CRNPBackbone(nn.Module):
         """Feature map elements of one sample, nnU-Net's measure of memory."""
         sizes = self.topology.stage_sizes(patch_size)
         features = self.topology.features_per_stage
-        size = self.num_modalities * self.encoders[0].compute_conv_feature_map_size(patch_size)
+        encoder: Any = self.encoders[0]
+        size = self.num_modalities * encoder.compute_conv_feature_map_size(patch_size)
         size += sum(f * np.prod(s, dtype=np.int64) for f, s in zip(features, sizes, strict=True))
         # RNP (two hidden and two output layers), uncertainty, fusion, attention: about ten maps of the bottleneck
         size += 10 * self.num_modalities * features[-1] * np.prod(sizes[-1], dtype=np.int64)

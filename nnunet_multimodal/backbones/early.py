@@ -5,19 +5,16 @@ With the deterministic head this is nnU-Net's U-Net layer by layer: equal weight
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnunet_multimodal.backbones.base import BackboneOutput, UNetTopology
+from nnunet_multimodal.backbones.base import Backbone, BackboneOutput, UNetTopology
 
 
-class EarlyFusionBackbone(nn.Module):
+class EarlyFusionBackbone(Backbone):
     """One encoder and one decoder; an absent modality is a channel of zeros."""
-
-    MIN_MODALITIES = 1
 
     def __init__(
         self, topology: UNetTopology, num_modalities: int, channels_per_modality: int, cascade_channels: int
@@ -36,7 +33,3 @@ class EarlyFusionBackbone(nn.Module):
         return self.encoder.compute_conv_feature_map_size(patch_size) + self.decoder.compute_conv_feature_map_size(
             patch_size
         )
-
-    def parameter_groups(self) -> Iterable[dict[str, Any]]:
-        """None of its own."""
-        return ()

@@ -1,21 +1,12 @@
-"""What an output head is given and returns.
-
-Contract, checked by ``tests/contracts.py``: a head is an ``nn.Module`` with
-
-- ``__init__(topology, num_classes, **options)``,
-- ``forward(features, bottleneck) -> LogitDistribution`` for the finest features,
-- ``coarse_logits(features)``: one logit map per coarser feature map, for deep supervision,
-- ``unused_without_deep_supervision()``: the parameters that ``coarse_logits`` alone uses,
-- ``build_loss(segmentation_loss)``: from nnU-Net's loss ``(logits, target)`` to one ``(distribution, target)``,
-- ``compute_conv_feature_map_size(patch_size, deep_supervision)``, nnU-Net's measure of memory in planning.
-"""
+"""What an output head is given and returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 SegmentationLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,3 +20,30 @@ class LogitDistribution(Protocol):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Differentiable samples: (*sample_shape, B, C, *D)."""
+
+
+class Head(nn.Module, ABC):
+    """From decoder features to a distribution over logit maps.
+
+    The constructor takes ``(topology, num_classes, **options)``.
+    """
+
+    @abstractmethod
+    def forward(self, features: Sequence[Tensor], bottleneck: Tensor) -> LogitDistribution:
+        """The distribution at full resolution, from decoder features (finest first) and the deepest features."""
+
+    @abstractmethod
+    def coarse_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A logit map for every coarser stage, finest first: nnU-Net's deep supervision."""
+
+    @abstractmethod
+    def unused_without_deep_supervision(self) -> Iterable[nn.Parameter]:
+        """The parameters that ``coarse_logits`` alone uses."""
+
+    @abstractmethod
+    def build_loss(self, segmentation_loss: SegmentationLoss) -> Callable[[Any, Tensor], Tensor]:
+        """The loss ``(distribution, target)`` at full resolution, from nnU-Net's loss ``(logits, target)``."""
+
+    @abstractmethod
+    def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
+        """Feature map elements of one sample, nnU-Net's measure of memory."""

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nnunet_multimodal.backbones.base import UNetTopology
-from nnunet_multimodal.heads.base import SegmentationLoss
+from nnunet_multimodal.heads.base import Head, SegmentationLoss
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DeterministicLogits:
         return self.mean.expand(*sample_shape, *self.mean.shape)
 
 
-class DeterministicHead(nn.Module):
+class DeterministicHead(Head):
     """nnU-Net's segmentation layers, one for every decoder stage, finest first."""
 
     def __init__(self, topology: UNetTopology, num_classes: int) -> None:

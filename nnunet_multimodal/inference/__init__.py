@@ -1,0 +1,1 @@
+"""Prediction beyond the segmentation: uncertainty maps."""
