@@ -1,0 +1,40 @@
+"""Fixtures: tiny real nnU-Net datasets, made once per session through nnU-Net's own commands."""
+
+import os
+
+# before torch and nnU-Net are imported: spin-waiting threads make tiny steps many times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("nnUNet_def_n_proc", "1")
+os.environ.setdefault("nnUNet_compile", "f")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.nnunet import NnUNet, make_dataset
+
+torch.set_num_threads(1)
+
+REAL_DATA = Path(os.environ.get("NNUNET_MULTIMODAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory):
+    """Planned and preprocessed datasets by kind of labels; made at first use."""
+    made: dict[str, NnUNet] = {}
+
+    def get(kind: str) -> NnUNet:
+        if kind not in made:
+            made[kind] = make_dataset(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture
+def real_data():
+    """The folder of real data sets; skips where it is not there."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"real data not found at {REAL_DATA}; set NNUNET_MULTIMODAL_DATA")
+    return REAL_DATA
