@@ -77,6 +77,7 @@ class MultimodalUNet(nn.Module):
     ) -> None:
         super().__init__()
         topology = build(UNetTopology, "network topology", unet)
+        self.num_input_channels = input_channels
         self.num_image_channels = num_image_channels or input_channels
         single = [[channel] for channel in range(self.num_image_channels)]
         self.groups = check_groups(modalities or single, self.num_image_channels)

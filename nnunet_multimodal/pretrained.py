@@ -1,0 +1,95 @@
+"""``-pretrained_weights`` of a stock nnU-Net checkpoint for our networks: what is loaded, and how.
+
+Taken over: every encoder, the decoder, and nothing else (nnU-Net never transfers segmentation layers). A network with
+one encoder for all modalities and one input channel starts from the mean of the checkpoint's first convolution over
+its image channels; separate encoders each take their own channels. What a method adds (fusion, reductions) keeps its
+initialisation and is listed. A checkpoint of ours is loaded by nnU-Net itself, all weights but the segmentation layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_multimodal.network import MultimodalUNet, unwrap
+
+
+def load_pretrained_weights(stock: Callable[..., None], network: nn.Module, fname: str, verbose: bool = False) -> None:
+    """nnU-Net's ``load_pretrained_weights``, with stock checkpoints for our networks.
+
+    Args:
+        stock: nnU-Net's function, for every other case.
+        network: the network in training, wrapped or not.
+        fname: checkpoint file.
+        verbose: as nnU-Net's.
+
+    Raises:
+        ValueError: the checkpoint is of a network with another topology.
+    """
+    ours = unwrap(network)
+    if not isinstance(ours, MultimodalUNet):
+        return stock(network, fname, verbose)
+    weights = torch.load(fname, map_location="cpu", weights_only=False)["network_weights"]
+    if any(key.startswith("backbone.") for key in weights):
+        return stock(network, fname, verbose)
+    loaded = stock_weights(ours, weights, fname)
+    kept = [key for key in ours.state_dict() if key not in loaded]
+    ours.load_state_dict({**ours.state_dict(), **loaded})
+    parts = sorted({".".join(key.split(".")[:3]) for key in kept})
+    print(f"################### Loaded {len(loaded)} tensors of the stock nnU-Net checkpoint {fname} ###################")
+    print(f"Encoder and decoder are taken over. Not in a stock network, so initialised anew: {', '.join(parts)}")
+    return None
+
+
+def stock_weights(network: MultimodalUNet, weights: dict[str, Tensor], fname: str | os.PathLike) -> dict[str, Tensor]:
+    """The part of a stock network's weights that fits, under our names.
+
+    Raises:
+        ValueError: a layer of our encoder or decoder is not in the checkpoint, or has another shape.
+    """
+    loaded = {}
+    for key, own in network.state_dict().items():
+        for prefix, channels in _shared_parts(network).items():
+            if key.startswith(f"backbone.{prefix}."):
+                theirs = f"{prefix.split('s.')[0]}{key.removeprefix(f'backbone.{prefix}')}"
+                if theirs not in weights:
+                    raise _other_topology(theirs, "is not in", fname)
+                value = weights[theirs]
+                takes_image = value.ndim > 2 and value.shape[1] == network.num_input_channels
+                if channels is not None and takes_image and value.shape[1] != own.shape[1]:
+                    value = _first_convolution(value, network, channels)
+                if value.shape != own.shape:
+                    raise _other_topology(theirs, f"needs shape {tuple(own.shape)}, not {tuple(value.shape)} of", fname)
+                loaded[key] = value
+    return loaded
+
+
+def _shared_parts(network: MultimodalUNet) -> dict[str, list[tuple[int, ...]] | None]:
+    """Our module -> groups of image channels that its encoder sees one at a time; None for the decoder."""
+    groups = list(network.groups)
+    encoders: Any = [name for name, _ in network.backbone.named_children() if name.startswith("encoder")]
+    parts: dict[str, list[tuple[int, ...]] | None] = {"decoder": None}
+    if encoders == ["encoder"]:
+        parts["encoder"] = [tuple(channel for group in groups for channel in group)]
+    else:
+        count = len(network.backbone.get_submodule("encoders")._modules)
+        for index in range(count):
+            parts[f"encoders.{index}"] = groups if count == 1 else [groups[index]]
+    return parts
+
+
+def _first_convolution(weight: Tensor, network: MultimodalUNet, groups: list[tuple[int, ...]]) -> Tensor:
+    """(out, C, *k) of all channels -> (out, G + K, *k) of one modality: mean over modalities, then the cascade's."""
+    image = torch.stack([weight[:, list(group)] for group in groups]).mean(0)
+    return torch.cat((image, weight[:, network.num_image_channels :]), 1)
+
+
+def _other_topology(key: str, what: str, fname: str | os.PathLike) -> ValueError:
+    return ValueError(
+        f"{key} {what} {fname}: the checkpoint is of a network with another topology. Train with the plans that it was "
+        "trained with (nnUNetv2_move_plans_between_datasets), or without -pretrained_weights"
+    )

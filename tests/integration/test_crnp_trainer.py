@@ -1,0 +1,106 @@
+import json
+
+import pytest
+
+from tests.contracts import TrainerContract
+from tests.nnunet import DATASET, PLANS, make_dataset, segmentation
+
+
+class TestCRNPTrainer(TrainerContract):
+    trainer = "CRNPTrainer"
+
+    def test_one_modality_is_refused_at_the_start(self, tmp_path):
+        nnunet = make_dataset(tmp_path, "labels", channels=("T1",), cases=2)
+        with pytest.raises(ValueError, match=rf"{DATASET} has 1 modality \(T1\).*-tr nnUNetTrainer"):
+            nnunet.train(self.short)
+        with pytest.raises(ValueError, match="plan it with nnU-Net's own planner"):
+            nnunet("nnUNetv2_plan_experiment", "-d", 900, "-pl", "nnUNetPlannerCRNP", nnUNet_n_proc_DA="1")
+
+    def test_options_come_from_the_plans_and_travel_with_the_model(self, datasets, tmp_path):
+        nnunet = datasets("labels")
+        plans = nnunet.plans()
+        plans["configurations"]["concat"] = {
+            "inherits_from": "3d_fullres",
+            "nnunet_multimodal": {"modalities": [[0, 1]], "crnp": {"fusion": "concat", "attention": "cross"}},
+        }
+        plans["configurations"]["concat"]["nnunet_multimodal"]["modalities"] = [[2], [0], [1]]
+        plans["plans_name"] = "optionsPlans"
+        nnunet.write_plans(plans)
+        trainer = nnunet.trainer(self.short, "concat", "optionsPlans")
+        with nnunet.environment():
+            trainer.run_training()
+            assert trainer.network.backbone.fusion.fusion == "concat"
+            assert trainer.network.groups == ((2,), (0,), (1,))
+        saved = json.loads((nnunet.results / DATASET / f"{self.short}__optionsPlans__concat" / "plans.json").read_text())
+        assert saved["configurations"]["concat"]["nnunet_multimodal"]["crnp"]["fusion"] == "concat"
+
+    def test_unknown_options_are_refused_with_the_known_ones(self, datasets):
+        nnunet = datasets("labels")
+        for options, message in (
+            ({"crnpp": {}}, "'crnpp'.*there are: modalities, early, crnp"),
+            ({"crnp": {"fussion": "concat"}}, "fussion"),
+            ({"modalities": [[0], [1]]}, "must name each of the 3 image channels"),
+            ({"modalities": [[0, 1], [2]]}, "equal size"),
+        ):
+            plans = nnunet.plans()
+            plans["configurations"]["3d_fullres"]["nnunet_multimodal"] = options
+            plans["plans_name"] = "wrongPlans"
+            nnunet.write_plans(plans)
+            trainer = nnunet.trainer(self.short, "3d_fullres", "wrongPlans")
+            with pytest.raises(ValueError, match=message), nnunet.environment():
+                trainer.initialize()
+
+    @pytest.mark.parametrize("planner", ["nnUNetPlannerCRNP", "nnUNetPlannerCRNPResEncM"])
+    def test_plans_of_our_planners_train(self, datasets, planner):
+        nnunet = datasets("labels")
+        name = f"{planner}Plans"
+        nnunet(
+            "nnUNetv2_plan_experiment", "-d", 900, "-pl", planner, "-gpu_memory_target", 0.01,
+            "-overwrite_plans_name", name, nnUNet_n_proc_DA="1",
+        )  # fmt: skip
+        plans = nnunet.plans(name)
+        architecture = plans["configurations"]["3d_fullres"]["architecture"]
+        assert architecture["network_class_name"] == "nnunet_multimodal.network.MultimodalUNet"
+        assert architecture["arch_kwargs"]["backbone"] == "crnp"
+        for configuration in ("2d", "3d_fullres"):  # the preprocessed data of the tiny plans has the same grid
+            changed = plans["configurations"][configuration]
+            changed.update(data_identifier=f"{PLANS}_{configuration}", batch_size=2)
+            kwargs = changed["architecture"]["arch_kwargs"]
+            kwargs["features_per_stage"] = [4 for _ in kwargs["features_per_stage"]]
+        nnunet.write_plans(plans)
+        for configuration in ("2d", "3d_fullres"):
+            trainer = nnunet.trainer(self.short, configuration, name)
+            with nnunet.environment():
+                trainer.run_training()
+            assert trainer.network.num_modalities == 3
+
+    def test_crnp_plans_are_smaller_than_stock_for_the_same_memory(self, datasets):
+        nnunet = datasets("labels")
+        sizes = {}
+        for planner in ("ExperimentPlanner", "nnUNetPlannerCRNP"):
+            nnunet(
+                "nnUNetv2_plan_experiment", "-d", 900, "-pl", planner, "-gpu_memory_target", 0.05,
+                "-overwrite_plans_name", f"{planner}Size", nnUNet_n_proc_DA="1",
+            )  # fmt: skip
+            configuration = nnunet.plans(f"{planner}Size")["configurations"]["3d_fullres"]
+            patch = configuration["patch_size"]
+            sizes[planner] = configuration["batch_size"] * patch[0] * patch[1] * patch[2]
+        assert sizes["nnUNetPlannerCRNP"] < sizes["ExperimentPlanner"]
+
+    def test_uncertainty_command_writes_maps_on_the_images_grid(self, datasets, tmp_path):
+        from nnunet_multimodal import cli
+
+        nnunet = datasets("labels")
+        nnunet.train(self.short)
+        model = ["-d", "900", "-tr", self.short, "-p", PLANS, "-c", "3d_fullres", "-f", "0", "-device", "cpu"]
+        images = nnunet.raw / DATASET / "imagesTr"
+        with nnunet.environment():
+            assert cli.main(["uncertainty", "-i", str(images), "-o", str(tmp_path), *model]) == 0
+        scores = json.loads((tmp_path / "uncertainty.json").read_text())
+        assert list(scores["case_0"]) == ["T1", "T2", "PET"]
+        for channel, score in enumerate(scores["case_0"].values()):
+            uncertainty = segmentation(tmp_path / f"case_0_{channel:04d}.nii.gz")
+            assert uncertainty.shape == (18, 20, 22)
+            assert uncertainty.min() >= 0
+            assert uncertainty.mean() == pytest.approx(score, rel=1e-4)
+            assert score > 0
