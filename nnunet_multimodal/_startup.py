@@ -48,8 +48,8 @@ def wrap(module):
     """Replace the class lookup of an imported ``TARGET`` by one that knows our names; a second call does nothing."""
     from functools import wraps
 
-    stock = module.recursive_find_python_class
-    if hasattr(stock, "__wrapped__"):
+    stock = getattr(module, "recursive_find_python_class", None)
+    if stock is None or hasattr(stock, "__wrapped__"):  # None: a later nnU-Net, whose import must not fail on us
         return
 
     @wraps(stock)

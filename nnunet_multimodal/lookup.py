@@ -85,11 +85,12 @@ def trainer_with_length(trainer: type, name: str) -> type:
     """The subclass of ``trainer`` that a name with a length suffix stands for; the same object on every call."""
     if (trainer, name) not in _with_length:
         _, epochs, iterations = split_length(name)
+        base_init: Callable[..., None] = trainer.__init__  # type: ignore[misc]
 
         def __init__(self, plans, configuration, fold, dataset_json, device=None):  # noqa: N807
             # nnU-Net reads the names of these parameters to save them in the checkpoint
             device = [] if device is None else [device]
-            trainer.__init__(self, plans, configuration, fold, dataset_json, *device)
+            base_init(self, plans, configuration, fold, dataset_json, *device)
             if epochs is not None:
                 self.num_epochs = epochs
             if iterations is not None:

@@ -110,7 +110,7 @@ def make_dataset(root: Path, kind: str, channels: tuple[str, ...] = CHANNELS, ca
     (folder / "dataset.json").write_text(json.dumps(description))
     nnunet("nnUNetv2_extract_fingerprint", "-d", 900, "-np", 1)
     nnunet(
-        "nnUNetv2_plan_experiment", "-d", 900, "-pl", "nnUNetPlannerTiny", "-gpu_memory_target", 0.002,
+        "nnUNetv2_plan_experiment", "-d", 900, "-pl", "nnUNetPlannerTiny", "-gpu_memory_target", 0.005,
         nnUNet_n_proc_DA="1",
     )  # fmt: skip
     nnunet.write_plans(_with_cascade(nnunet.plans()))

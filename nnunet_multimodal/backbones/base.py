@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -182,6 +183,11 @@ class FeatureDecoder(UNetDecoder):
         """nnU-Net's measure of memory, less the segmentation layer that the head has."""
         finest = np.prod([i // j for i, j in zip(input_size, self.encoder.strides[0], strict=True)], dtype=np.int64)
         return super().compute_conv_feature_map_size(input_size) - self.num_classes * finest
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Switches autocast off; on mps, where nnU-Net never switches it on and old versions of torch refuse, nothing."""
+    return nullcontext() if device.type == "mps" else torch.autocast(device.type, enabled=False)
 
 
 class ModalityReduction(nn.Module):

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_multimodal.backbones.base import Backbone, BackboneOutput, ModalityReduction, UNetTopology
+from nnunet_multimodal.backbones.base import Backbone, BackboneOutput, ModalityReduction, UNetTopology, full_precision
 
 NEGATIVE_SLOPE = 0.25  # paper, 4.2
 LOSS_FACTOR = 1e-3  # see the deviations
@@ -90,7 +90,7 @@ class RandomNetworkPrediction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, M, F, N) -> prediction minus target (B, M, F_out, N), float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x = x.detach().float()
             target = _layers(x, self.target_in, self.target_hidden, self.target_out)
             return _layers(x, self.predictor_in, self.predictor_out) - target

@@ -1,0 +1,5 @@
+"""Stub."""
+
+
+class ExperimentPlanner:
+    """Stub of nnU-Net's planner."""

@@ -1,0 +1,201 @@
+"""Write docs/benchmarks.md from the committed results, so that no figure is ever typed by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import _common as common
+
+Result = dict[str, Any]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table, all columns but the first to the right."""
+    head = list(head)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *[list(map(str, row)) for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _times(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def _range(value: dict[str, float]) -> str:
+    same = value["min"] == value["max"]
+    return f"{value['mean']:.4f}" + ("" if same else f" ({value['min']:.4f} to {value['max']:.4f})")
+
+
+def handwritten(result: Result) -> str:
+    """The classification table and the check of the RNP."""
+    rows = [
+        (name, v["seeds"], _range(v["accuracy"]), _range(v["auroc"]), f"{v['seconds']['mean']:.0f}")
+        for name, v in result["variants"].items()
+    ]
+    paper = result["paper"]
+    rows.append(("CRNP as published (Table 4)", "", f"{paper['accuracy']:.4f}", f"{paper['auroc']:.4f}", ""))
+    text = [
+        "Digits seen through six sets of features, 1,600 to train and 400 to test: one layer per view, CRNP on the",
+        "vectors, one layer to the classes. One test image is 0.0025 of accuracy. Mean over seeds, range in brackets.",
+        "",
+        table(("variant", "seeds", "accuracy", "AUROC", "training (s)"), rows),
+    ]
+    levels = result["variants"].get("CRNP", {}).get("noise", ())
+    if levels:
+        noise = [(f"{x['sd']} SD", _range(x["ood_auroc"]), _range(x["accuracy"])) for x in levels]
+        text += [
+            "",
+            "How well the RNP's error alone tells test inputs with added Gaussian noise from clean test inputs:",
+            "",
+            table(("noise", "AUROC of the RNP's error", "accuracy on the noisy inputs"), noise),
+        ]
+    return "\n".join(text)
+
+
+def crnp_cost(result: Result) -> str:
+    """Ratios to plain nnU-Net, the bound, and the parts of a step."""
+    text = [
+        "Times plain nnU-Net (its own network and loss) on the same plan; medians, quartiles in brackets. *Kept* is",
+        "the memory that lives from the forward to the backward pass. The bound is M passes of a one-channel encoder,",
+        "one decoder with its loss and the optimiser, from the times of these parts measured alone: what remains above",
+        "it is what CRNP itself costs. EarlyFusion is nnU-Net's network built from this package's parts.",
+    ]
+    head = ("", "step (s)", "step, ratio", "kept, ratio", "peak, ratio", "inference, ratio", "G multiply-adds")
+    for plan, by_modalities in result["results"].items():
+        p = result["plans"][plan]
+        patch, features = " x ".join(map(str, p["patch"])), ", ".join(map(str, p["features"]))
+        rows = [row for count, r in by_modalities.items() for row in _cost_rows(count, r)]
+        text += ["", f"**{plan.upper()}**: patch {patch}, batch {p['batch']}, features {features}.", ""]
+        text += [
+            table(head, rows),
+            "",
+            "The parts of CRNP's step, each measured alone:",
+            "",
+            _parts_table(by_modalities),
+        ]
+    return "\n".join(text)
+
+
+def _cost_rows(count: str, result: Result) -> Iterable[tuple[str, ...]]:
+    for name, c in result["contenders"].items():
+        memory = c["memory_ratio"]
+        yield (
+            f"M = {count}, {name}",
+            f"{c['step_seconds']['median']:.3f}",
+            _times(c["step_ratio"]),
+            f"{memory['saved']:.2f}",
+            f"{memory['step_peak']:.2f}",
+            _times(c["inference_ratio"]),
+            _number(c["giga_multiply_adds"], 1),
+        )
+    bound = result["bound"]
+    yield (f"M = {count}, bound", "", _times(bound["step_ratio"]), f"{bound['saved_ratio']:.2f}", "", "", "")
+
+
+def _parts_table(by_modalities: dict[str, Result]) -> str:
+    parts = list(next(iter(by_modalities.values()))["parts_seconds"])
+    head = (
+        "M",
+        *(f"{part} (ms)" for part in parts),
+        "RNP and fusion of the step",
+        "step over the bound",
+        "kept over it",
+    )
+    rows = []
+    for count, r in by_modalities.items():
+        times = [f"{1000 * r['parts_seconds'][part]['median']:.1f}" for part in parts]
+        share, excess = f"{100 * r['fusion_share_of_step']['median']:.1f} %", r["excess_over_bound"]
+        rows.append((count, *times, share, f"{excess['step']['median']:.3f}", f"{excess['saved']:.3f}"))
+    return table(head, rows)
+
+
+def sts(result: Result) -> str:
+    """Dice and HD95 of floors and trainers."""
+    rows = [
+        (name, _number(m["dice"], 3), _number(m["hd95_mm"], 1), m.get("training_s", ""))
+        for name, m in result["methods"].items()
+    ]
+    cases = list(next(iter(result["methods"].values()))["cases"])
+    by_case = [
+        (name, *(_number(m["cases"][case]["dice"], 3) for case in cases)) for name, m in result["methods"].items()
+    ]
+    plan, published = result["plan"], result["published_dice"]
+    spacing, patch = (" x ".join(f"{x:g}" for x in plan[key]) for key in ("spacing_mm", "patch_size"))
+    text = [
+        f"{result['training_cases']} patients to train, {len(cases)} held out; {spacing} mm, patch {patch},",
+        f"batch {plan['batch_size']}, features {', '.join(map(str, plan['features_per_stage']))}. One seed. The two",
+        "floors are computed on the same held-out cases without any learning. Other floors and a baseline, from the",
+        f"data's own notes: {', '.join(f'{name} {value}' for name, value in published.items())}.",
+        "",
+        table(("", "mean Dice", "mean HD95 (mm)", "training (s)"), rows),
+        "",
+        "Dice by case:",
+        "",
+        table(("", *cases), by_case),
+    ]
+    return "\n".join(text)
+
+
+# benchmark -> its heading and what writes its section
+SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "sts": ("Real PET/CT/MR data", sts),
+    "crnp_cost": ("What CRNP costs", crnp_cost),
+    "handwritten": ("CRNP on vectors: Handwritten", handwritten),
+}
+
+
+def provenance(result: Result) -> str:
+    """What was run on what, in one paragraph."""
+    machine, versions = result["machine"], result["versions"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine.get('ram_gib', '?')} GiB"
+    if "gpu" in machine:
+        where = f"{machine['gpu']} ({machine['gpu_gib']} GiB); {where}"
+    return (
+        f"`{result['command']}`, {result['date'][:10]}; {where}, {machine['threads']} threads, load "
+        f"{machine.get('load_average_15_min', '?')}; " + ", ".join(f"{name} {v}" for name, v in versions.items()) + "."
+    )
+
+
+def page(results: Path, docs: Path) -> str:
+    """The whole page."""
+    text = [
+        "# Benchmarks",
+        "",
+        "Written by `python benchmarks/make_page.py` from the files in `benchmarks/results`; change nothing here by",
+        "hand. How to run a benchmark and what it measures: [benchmarks/README.md](../benchmarks/README.md).",
+    ]
+    for name, (heading, section) in SECTIONS.items():
+        for stem, device in ((name, ""), (f"{name}_cuda", ", on a GPU")):
+            file = results / f"{stem}.json"
+            if not file.exists():
+                continue
+            result = json.loads(file.read_text())
+            text += ["", f"## {heading}{device}", "", section(result), ""]
+            for plan in ("", *(f"_{plan}" for plan in result.get("plans", ()))):
+                picture = results / f"{name}{plan}{stem[len(name) :]}.png"
+                if picture.exists():
+                    text += [f"![{heading}]({Path(os.path.relpath(picture, docs)).as_posix()})", ""]
+            text.append(provenance(result))
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--results", type=Path, default=common.RESULTS, metavar="DIR")
+    p.add_argument("--page", type=Path, default=common.ROOT / "docs" / "benchmarks.md", metavar="FILE")
+    args = p.parse_args()
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    args.page.write_text(page(args.results, args.page.parent), encoding="utf-8")
+    print(f"wrote {args.page.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data sets in nnU-Net's raw format; one module per source."""
