@@ -79,7 +79,7 @@ def train(
     """The paper's training; the RNP's loss joins the objective."""
     torch.manual_seed(seed)
     network = Classifier([view.shape[1] for view in views], int(labels.max()) + 1, fusion).to(labels.device)
-    optimiser = torch.optim.Adam(network.parameters(), 3e-4, betas=(0.9, 0.999), weight_decay=1e-5)
+    optimiser = torch.optim.Adam(network.parameters(), 3e-4, betas=(0.9, 0.999), weight_decay=1e-5, fused=True)
     order = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(epochs), desc=title, leave=False, disable=None):
         for index in torch.randperm(len(labels), generator=order).to(labels.device).split(BATCH):

@@ -1,12 +1,13 @@
 """Installs this package and nnU-Net in every way that users do and checks each time what nnU-Net then finds.
 
-    python benchmarks/install_matrix.py [--out DIR] [--base PYTHON] [--python PATH ...] [--jobs N] [--only TEXT]
+    python benchmarks/install_matrix.py [--out DIR] [--base PYTHON] [--python PATH ...] [--jobs N] [--resume]
 
 Each row is a fresh virtual environment. nnU-Net's dependencies are shared: one environment holds them (``--base``, or
 one made here, which downloads gigabytes), and the others see all of it but nnU-Net through a ``.pth`` file; nnU-Net and
 this package go in with ``--no-deps``. What is checked runs in fresh interpreters. On the other Pythons (``--python``)
 the heavy dependencies are not installed: a stub of nnU-Net with its real ``find_class_by_name.py`` shows that the
-start-up hook works there. Writes ``install_matrix.json``; exit status 1 if a row fails.
+start-up hook works there. Writes ``install_matrix.json``; exit status 1 if a row fails. ``--resume`` keeps
+the rows that passed there and runs the others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -25,12 +25,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import partial
-from importlib import util
 from itertools import product
 from pathlib import Path
 
-from _common import RESULTS, write
+from _common import parser, write
+from nnunetv2.utilities import find_class_by_name
 from tqdm import tqdm
 
 from nnunet_multimodal import lookup
@@ -40,6 +39,7 @@ SCRIPTS = Path(__file__).resolve().parent / "install_matrix_checks"
 NNUNET, OLDER_NNUNET = "2.8.1", "2.8.0"
 SOURCES = ("nnunet_multimodal", "trainers", "plans", "startup", "pyproject.toml", "README.md", "LICENSE")
 HIDDEN = ("nnunet", "_nnunet", "__editable__", "pip", "__pycache__")  # what an environment does not see of the base
+STUB = "stub with nnU-Net's find_class_by_name.py"
 WITH_US, STOCK_ONLY, NO_HOOK = "all found", "stock only", "trainers by nnUNet_extTrainer"
 
 
@@ -59,6 +59,11 @@ class Case:
     def name(self) -> str:
         """The row in words."""
         return f"{self.installer}, ours {self.ours}, nnunetv2 {self.nnunet}, {self.place}: {' > '.join(self.steps)}"
+
+    def row(self, python: str) -> dict:
+        """The row's head."""
+        head = {"installer": self.installer, "ours": self.ours, "nnunetv2": self.nnunet, "place": self.place}
+        return head | {"steps": list(self.steps), "expect": self.expect, "python": python}
 
 
 def cases() -> Iterator[Case]:
@@ -184,7 +189,7 @@ class Environment:
         elif name.startswith("ours"):
             shutil.copytree(workspace.root / "checkout", checkout, dirs_exist_ok=True)
             self.before_us = self.before_us or self.files()
-            target = ["--target", self.target] if name.endswith("--target") else []
+            target: list = ["--target", self.target] if name.endswith("--target") else []
             self.install(*again, *target, *(["-e"] if self.case.ours == "editable" else []), checkout)
         else:
             raise ValueError(f"unknown step {name!r} in {self.case.name}")
@@ -198,7 +203,7 @@ class Environment:
         """Install with the case's installer and without dependencies."""
         if self.case.installer == "uv":
             arguments = tuple("--reinstall" if part == "--force-reinstall" else part for part in arguments)
-            command = [self.workspace.tools / "uv", "pip", "install", "--python", self.python]
+            command: list = [self.workspace.tools / "uv", "pip", "install", "--python", self.python]
         else:
             command = [self.workspace.tools / "python", "-m", "pip", "--python", self.python, "install"]
             command += ["--user", "--break-system-packages"] if self.case.place == "user site" else []
@@ -207,15 +212,15 @@ class Environment:
     def uninstall(self) -> None:
         """Uninstall this package with the case's installer."""
         if self.case.installer == "uv":
-            command = [self.workspace.tools / "uv", "pip", "uninstall", "--python", self.python]
+            command: list = [self.workspace.tools / "uv", "pip", "uninstall", "--python", self.python]
         else:
             command = [self.workspace.tools / "python", "-m", "pip", "--python", self.python, "uninstall", "-y"]
         self.workspace.run([*command, "nnunet-multimodal"], **self.variables)
 
     def files(self) -> set[str]:
-        """Every file and folder of the environment."""
+        """Every file and folder of the environment, except the lock that uv keeps in each that it changes."""
         root = self.folder / "venv"
-        return {str(path.relative_to(root)) for path in root.rglob("*")}
+        return {str(path.relative_to(root)) for path in root.rglob("*")} - {".lock"}
 
 
 def check(environment: Environment) -> tuple[dict[str, bool], dict]:
@@ -263,45 +268,46 @@ def check_doctor(environment: Environment, variables: dict[str, str]) -> dict[st
     return {"doctor": status == 1 and said}
 
 
-def run_case(workspace: Workspace, case: Case) -> dict:
-    """One row of the result."""
-    row = {"installer": case.installer, "ours": case.ours, "nnunetv2": case.nnunet, "place": case.place}
-    row |= {"steps": list(case.steps), "expect": case.expect, "python": platform.python_version()}
+def run_case(workspace: Workspace, case: Case, python: str) -> dict:
+    """One row of the result; an installer or interpreter that fails is a row that fails."""
+    row = case.row(version_of(python))
     started = time.perf_counter()
-    environment = Environment(workspace, case)
     try:
-        for step in case.steps:
-            environment.step(step)
-        row["facts"], row["versions"] = check(environment)
-        row["passed"] = all(row["facts"].values())
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
-        row |= {"facts": {}, "passed": False, "error": str(error).replace(str(workspace.root), "WORKSPACE")}
-    shutil.rmtree(environment.folder)
-    return row | {"seconds": round(time.perf_counter() - started, 1)}
-
-
-def run_stub(workspace: Workspace, python: str, installer: str, ours: str) -> dict:
-    """A row for another Python: the hook alone, with a stub around nnU-Net's own search function."""
-    case = Case(installer, ours, "stub", ("nnunetv2", "ours"))
-    started = time.perf_counter()
-    row = {"installer": installer, "ours": ours, "nnunetv2": "stub with nnU-Net's find_class_by_name.py"}
-    row |= {"place": "venv", "steps": list(case.steps), "expect": "the hook works"}
-    try:
-        environment = Environment(workspace, case, python, link=False)
-        row["python"] = environment.run("-c", "import platform; print(platform.python_version())").stdout.strip()
-        shutil.copytree(SCRIPTS / "stub", environment.site_packages, dirs_exist_ok=True)
-        search = util.find_spec("nnunetv2.utilities.find_class_by_name").origin
-        shutil.copy(search, environment.site_packages / "nnunetv2" / "utilities")
-        environment.step("ours")
-        row["facts"] = json.loads(environment.run(SCRIPTS / "find_in_stub.py").stdout.splitlines()[-1])
-        row["facts"]["start silent"] = environment.starts_silently()
-        environment.step("ours removed")
-        row["facts"]["nothing left"] = environment.files() == environment.before_us
+        environment = Environment(workspace, case, python, link=case.nnunet != STUB)
+        if case.nnunet == STUB:
+            row["facts"] = check_stub(environment)
+        else:
+            for step in case.steps:
+                environment.step(step)
+            row["facts"], row["versions"] = check(environment)
         row["passed"] = all(row["facts"].values())
         shutil.rmtree(environment.folder)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         row |= {"facts": {}, "passed": False, "error": str(error).replace(str(workspace.root), "WORKSPACE")}
     return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def check_stub(environment: Environment) -> dict[str, bool]:
+    """On another Python: the hook alone, with a stub around nnU-Net's own search function."""
+    shutil.copytree(SCRIPTS / "stub", environment.site_packages, dirs_exist_ok=True)
+    search = str(find_class_by_name.__file__)
+    shutil.copy(search, environment.site_packages / "nnunetv2" / "utilities")
+    environment.step("ours")
+    facts = json.loads(environment.run(SCRIPTS / "find_in_stub.py").stdout.splitlines()[-1])
+    facts["start silent"] = environment.starts_silently()
+    environment.step("ours removed")
+    return facts | {"nothing left": environment.files() == environment.before_us}
+
+
+def version_of(python: str) -> str:
+    """The version of an interpreter."""
+    code = "import platform; print(platform.python_version())"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def key(row: dict) -> str:
+    """What makes a row the same row in another run."""
+    return json.dumps([row[name] for name in ("python", "installer", "ours", "nnunetv2", "place", "steps")])
 
 
 def hook_cost(workspace: Workspace, starts: int = 120) -> dict:
@@ -343,35 +349,42 @@ def table(rows: list[dict]) -> str:
     return "\n".join([head, *lines])
 
 
+def passed_before(args: argparse.Namespace) -> dict[str, dict]:
+    """The rows that need not run again."""
+    file = args.out / "install_matrix.json"
+    if not args.resume or not file.exists():
+        return {}
+    return {key(row): row for row in json.loads(file.read_text())["rows"] if row["passed"]}
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where install_matrix.json goes")
-    parser.add_argument("--base", help="a Python whose environment has nnU-Net's dependencies (default: make one)")
-    parser.add_argument("--python", nargs="*", default=[], help="other Pythons, for the start-up hook alone")
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
-    parser.add_argument("--only", default="", help="only the rows whose name contains this; writes nothing")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--base", help="a Python whose environment has nnU-Net's dependencies (default: make one)")
+    options.add_argument("--python", nargs="*", default=[], help="other Pythons, for the start-up hook alone")
+    options.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    options.add_argument("--resume", action="store_true", help="keep the rows of install_matrix.json that passed")
+    args = options.parse_args()
+    jobs = [(case, sys.executable) for case in cases()]
+    for python, installer, ours in product(args.python, ("pip", "uv"), ("normal", "editable")):
+        jobs.append((Case(installer, ours, STUB, ("nnunetv2", "ours"), "the hook works"), python))
+    done = passed_before(args)
+    missing = [job for job in jobs if key(job[0].row(version_of(job[1]))) not in done]
     with tempfile.TemporaryDirectory(prefix="install_matrix_") as folder:
         workspace = Workspace(Path(folder).resolve())
         workspace.prepare(args.base)
-        selected = [case for case in cases() if args.only in case.name]
-        jobs = [partial(run_case, workspace, case) for case in selected]
-        if not args.only:
-            others = product(args.python, ("pip", "uv"), ("normal", "editable"))
-            jobs += [partial(run_stub, workspace, *other) for other in others]
         with ThreadPoolExecutor(args.jobs) as pool:
-            futures = [pool.submit(job) for job in jobs]
+            futures = [pool.submit(run_case, workspace, *job) for job in missing]
             for _ in tqdm(as_completed(futures), total=len(futures), unit="row"):
                 pass
-        rows = [future.result() for future in futures]
+        rows = [*done.values(), *(future.result() for future in futures)]
         tools = {name: workspace.run([workspace.tools / name, "--version"]).stdout.split()[1] for name in ("pip", "uv")}
         cost = hook_cost(workspace)
     passed = sum(row["passed"] for row in rows)
     print(table(rows))
     print(f"{passed} of {len(rows)} rows passed; the hook's cost per start of Python: {cost}")
-    if not args.only:
-        figures = {"passed": passed, "rows_total": len(rows), "hook_cost": cost, "installers": tools, "rows": rows}
-        write(argparse.Namespace(out=args.out, device="cpu"), "install_matrix", figures)
+    figures = {"passed": passed, "rows_total": len(rows), "hook_cost": cost, "installers": tools}
+    named = argparse.Namespace(out=args.out, device=args.device, jobs=args.jobs, resume=args.resume)
+    write(named, "install_matrix", figures | {"rows": rows})
     return 0 if passed == len(rows) else 1
 
 

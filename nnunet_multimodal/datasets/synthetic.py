@@ -93,6 +93,7 @@ def write_dataset(folder: str | os.PathLike, *, num_training: int = 20, num_test
         "channel_names": {str(channel): name for channel, name in enumerate(MODALITIES)},
         "labels": {"background": 0, **{name: label for label, name in enumerate(STRUCTURES, start=1)}},
         "numTraining": num_training,
+        "numTest": num_test,
         "file_ending": ".nii.gz",
     }
     (beside / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")

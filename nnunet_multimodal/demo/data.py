@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from glob import escape
 from pathlib import Path
 
 from nnunet_multimodal.demo.settings import DemoError, Settings, read_json, write_json
@@ -61,7 +62,7 @@ def training_cases(settings: Settings, description: dict) -> dict[str, tuple[lis
     data = settings.data
     assert data is not None
     ending = description["file_ending"]
-    channels = description.get("channel_names", description.get("modality", {}))
+    channels = channel_names(description)
     cases: dict[str, tuple[list[Path], Path]] = {}
     if "dataset" in description:
         for case, files in description["dataset"].items():
@@ -69,7 +70,7 @@ def training_cases(settings: Settings, description: dict) -> dict[str, tuple[lis
     else:
         for label in sorted((data / "labelsTr").glob(f"*{ending}")):
             case = label.name[: -len(ending)]
-            images = sorted((data / "imagesTr").glob(f"{_escape(case)}_[0-9][0-9][0-9][0-9]{ending}"))
+            images = sorted((data / "imagesTr").glob(f"{escape(case)}_[0-9][0-9][0-9][0-9]{ending}"))
             cases[case] = (images, label)
     for case, (images, label) in cases.items():
         missing = [file for file in (*images, label) if not file.is_file()]
@@ -78,7 +79,7 @@ def training_cases(settings: Settings, description: dict) -> dict[str, tuple[lis
         if len(images) != len(channels):
             raise DemoError(
                 f"case {case} has {len(images)} channel files in {data / 'imagesTr'} and {len(channels)} are named "
-                f"({', '.join(map(str, channels.values()))}); add or remove files, or name the channels that there are"
+                f"({', '.join(channels)}); add or remove files, or name the channels that there are"
             )
     if len(cases) < MIN_CASES:
         raise DemoError(
@@ -91,25 +92,63 @@ def link_dataset(settings: Settings) -> None:
     """Link the user's files into the demo's raw folder; ``dataset.json`` is written last."""
     description = describe(settings)
     cases = training_cases(settings, description)
-    ending = description["file_ending"]
     for case, (images, label) in cases.items():
-        for channel, image in enumerate(images):
-            _link(image, settings.raw / "imagesTr" / f"{case}_{channel:04d}{ending}")
-        _link(label, settings.raw / "labelsTr" / f"{case}{ending}")
+        for file, name in zip((*images, label), _file_names(case, "Tr", description), strict=True):
+            _link(file, settings.raw / name)
     description = {name: value for name, value in description.items() if name != "dataset"}
     write_json(settings.raw / "dataset.json", {**description, "numTraining": len(cases)})
 
 
+def is_complete(settings: Settings) -> bool:
+    """Whether the demo's raw dataset has ``dataset.json`` and all files of all cases."""
+    description = read_json(settings.raw / "dataset.json")
+    if description is None:
+        return False
+    counts = {"Tr": description["numTraining"], "Ts": description.get("numTest", 0) if settings.data is None else 0}
+    for split, count in counts.items():
+        labels = settings.raw / f"labels{split}"
+        cases = [
+            file.name[: -len(description["file_ending"])] for file in labels.glob(f"*{description['file_ending']}")
+        ]
+        files = [settings.raw / name for case in cases for name in _file_names(case, split, description)]
+        if len(cases) != count or not all(file.exists() for file in files):
+            return False
+    return True
+
+
 def link_held_out(settings: Settings) -> None:
     """Link the validation cases of the fold, which nnU-Net drew, as held-out cases."""
-    cases = validation_cases(settings)
+    for source, link in _held_out_links(settings):
+        _link(source, link)
+
+
+def is_linked(settings: Settings) -> bool:
+    """Whether there are validation cases and all of their files are linked."""
+    links = [link for _, link in _held_out_links(settings)]
+    return bool(links) and all(link.exists() for link in links)
+
+
+def _held_out_links(settings: Settings) -> list[tuple[Path, Path]]:
+    """(file, link to it) for all files of the validation cases."""
     description = read_json(settings.raw / "dataset.json")
+    return [
+        (settings.raw / source, settings.held_out / link)
+        for case in validation_cases(settings)
+        for source, link in zip(_file_names(case, "Tr", description), _file_names(case, "Ts", description), strict=True)
+    ]
+
+
+def _file_names(case: str, split: str, description: dict) -> list[str]:
+    """Channel files of a case in order, then its label file, relative to the dataset."""
     ending = description["file_ending"]
-    for case in cases:
-        for channel in range(len(description.get("channel_names", description.get("modality")))):
-            name = f"{case}_{channel:04d}{ending}"
-            _link(settings.raw / "imagesTr" / name, settings.held_out / "imagesTs" / name)
-        _link(settings.raw / "labelsTr" / f"{case}{ending}", settings.held_out / "labelsTs" / f"{case}{ending}")
+    channels = [f"images{split}/{case}_{channel:04d}{ending}" for channel in range(len(channel_names(description)))]
+    return [*channels, f"labels{split}/{case}{ending}"]
+
+
+def channel_names(description: dict) -> list[str]:
+    """Names of the channels in order, from ``dataset.json``; old ones call them modalities."""
+    names = description.get("channel_names", description.get("modality", {}))
+    return [str(names[channel]) for channel in sorted(names, key=int)]
 
 
 def validation_cases(settings: Settings) -> list[str]:
@@ -120,15 +159,13 @@ def validation_cases(settings: Settings) -> list[str]:
 
 def held_out_cases(settings: Settings) -> dict[str, tuple[list[Path], Path]]:
     """Held-out case -> its channel files and its label file."""
-    ending = read_json(settings.raw / "dataset.json")["file_ending"]
-    folder = settings.held_out
-    return {
-        label.name[: -len(ending)]: (
-            sorted((folder / "imagesTs").glob(f"{_escape(label.name[: -len(ending)])}_[0-9][0-9][0-9][0-9]{ending}")),
-            label,
-        )
-        for label in sorted((folder / "labelsTs").glob(f"*{ending}"))
-    }
+    description = read_json(settings.raw / "dataset.json")
+    cases = {}
+    for label in sorted((settings.held_out / "labelsTs").glob(f"*{description['file_ending']}")):
+        case = label.name[: -len(description["file_ending"])]
+        *images, _ = (settings.held_out / name for name in _file_names(case, "Ts", description))
+        cases[case] = (images, label)
+    return cases
 
 
 def _file_ending(folder: Path) -> str:
@@ -141,12 +178,6 @@ def _file_ending(folder: Path) -> str:
 def _expand(data: Path, name: str) -> Path:
     """A path of dataset.json, as nnU-Net reads it: absolute or relative to the file, with environment variables."""
     return data / os.path.expandvars(name)
-
-
-def _escape(case: str) -> str:
-    from glob import escape
-
-    return escape(case)
 
 
 def _link(source: Path, link: Path) -> None:

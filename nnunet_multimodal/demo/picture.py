@@ -25,7 +25,7 @@ def draw(settings: Settings, structures: list[Structure], description: dict, cas
 
     image_files, truth_file = data.held_out_cases(settings)[case]
     images, spacing_mm = read_images(image_files, description)
-    names = [str(name) for name in description.get("channel_names", description.get("modality", {})).values()]
+    names = data.channel_names(description)
     segmentations = {"truth": truth_file}
     segmentations |= {trainer: settings.predictions(trainer) / truth_file.name for trainer in settings.trainers}
     volumes = {

@@ -194,7 +194,6 @@ def _number(value: float, digits: int) -> str:
 
 
 def _results(settings: Settings, steps: list[Step], table: dict, scores: dict[str, Scores]) -> dict:
-    commands = [step.command() for step in steps if step.command is not None]
     options = {name: value for name, value in asdict(settings).items() if name != "out"}
     return _without_nan(
         {
@@ -205,7 +204,7 @@ def _results(settings: Settings, steps: list[Step], table: dict, scores: dict[st
                 for trainer, cases in scores.items()
             },
             "settings": {**options, "data": settings.data.name if settings.data is not None else None},
-            "commands": [shlex.join(command) for command in commands],
+            "commands": [shlex.join(step.command) for step in steps if step.command],
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
             "device": _device_name(settings.device),

@@ -42,9 +42,8 @@ def run_steps(settings: Settings, steps: list[Step]) -> None:
             done = step.is_done()
             _say(bar, f"[{number:2d}/{len(steps)}] {step.name}{': done before' if done else ''}")
             if not done:
-                _run_step(
-                    settings, step, settings.out / "logs" / f"{number:02d}_{step.name.replace(' ', '_')}.log", bar
-                )
+                name = f"{number:02d}_{step.name.replace(' ', '_')}.log"
+                _run_step(settings, step, settings.out / "logs" / name, bar)
             bar.update()
         bar.set_description("done")
 
@@ -61,18 +60,13 @@ def _run_step(settings: Settings, step: Step, log: Path, bar: tqdm) -> None:
     if step.action is not None:
         step.action()
         return
-    assert step.command is not None
-    command = step.command()
+    command = [*step.command, *(step.prepare() if step.prepare is not None else ())]
     _say(bar, f"        $ {shlex.join(command)}")
     program = [_script(command[0])] if step.program is None else [sys.executable, *step.program]
     log.parent.mkdir(parents=True, exist_ok=True)
     status = _execute([*program, *command[1:]], settings, step, log, bar)
     if status != 0 or not step.is_done():
-        what = (
-            f"ended with exit status {status}"
-            if status
-            else "ended without an error, but not all of its output is there"
-        )
+        what = f"ended with exit status {status}" if status else "ended well, but not all of its output is there"
         tail = "\n".join(f"  | {line}" for line in _read_tail(log).splitlines()[-_TAIL_LINES:])
         raise DemoError(f"{step.name} {what}. The end of its log:\n{tail}\nlog: {log}\ncommand: {shlex.join(command)}")
 
@@ -107,6 +101,8 @@ def environment(settings: Settings, training: bool) -> dict[str, str]:
     env = {**os.environ, **{folder: str(settings.out / folder) for folder in FOLDERS}, "PYTHONUNBUFFERED": "1"}
     if settings.device == "cpu":
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin slow a shared machine down tenfold
+        env.setdefault("nnUNet_npp", "1")
+        env.setdefault("nnUNet_nps", "1")
     if settings.data is None or settings.device == "cpu":
         env.setdefault("nnUNet_def_n_proc", "1" if settings.data is None else "2")
         env.setdefault("nnUNet_n_proc_DA", "0")

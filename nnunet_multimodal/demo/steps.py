@@ -29,8 +29,9 @@ class Step:
     Attributes:
         name: what the progress bar shows.
         is_done: whether all that the step makes is there, whole.
-        command: what a user would type, in the output folder; called when the step starts. None for a step of our own.
+        command: what a user would type, in the output folder; empty for a step of our own.
         action: what a step without a command does.
+        prepare: called before a command; returns further arguments for it.
         program: what runs in place of the command's first word, where that is not the script of that name.
         makes_stale: files and folders that were made from what this step makes; removed before it starts.
         progress: how far the step is, from its log.
@@ -38,8 +39,9 @@ class Step:
 
     name: str
     is_done: Callable[[], bool]
-    command: Callable[[], list[str]] | None = None
+    command: tuple[str, ...] = ()
     action: Callable[[], None] | None = None
+    prepare: Callable[[], list[str]] | None = None
     program: tuple[str, ...] | None = None
     makes_stale: tuple[Path, ...] = ()
     progress: Callable[[str], str] | None = None
@@ -53,19 +55,19 @@ def demo_steps(settings: Settings) -> list[Step]:
     preprocess = ["nnUNetv2_preprocess", "-d", s.dataset_id, "-plans_name", PLANS, "-c", s.configuration]
     make_data = data.make_synthetic if s.data is None else data.link_dataset
     steps = [
-        Step("data", partial(_has_json, s.raw / "dataset.json"), action=partial(make_data, s)),
+        Step("data", partial(data.is_complete, s), action=partial(make_data, s)),
         Step(
             "fingerprint",
             partial(_has_json, fingerprint),
-            lambda: ["nnUNetv2_extract_fingerprint", "-d", s.dataset_id, "--clean"],
+            ("nnUNetv2_extract_fingerprint", "-d", s.dataset_id, "--clean"),
         ),
-        Step("plan", partial(_is_planned, s), lambda: plan),
-        Step("preprocess", partial(_is_preprocessed, s), lambda: [*preprocess, *_workers(s)]),
+        Step("plan", partial(_is_planned, s), tuple(plan)),
+        Step("preprocess", partial(_is_preprocessed, s), (*preprocess, *_workers(s))),
     ]
     for trainer in s.trainers:
         steps.append(_training(s, trainer))
         if s.data is not None and trainer == s.trainers[0]:
-            steps.append(Step("held-out cases", partial(_is_linked, s), action=partial(data.link_held_out, s)))
+            steps.append(Step("held-out cases", partial(data.is_linked, s), action=partial(data.link_held_out, s)))
         steps += _testing(s, trainer)
     return steps
 
@@ -79,7 +81,8 @@ def _training(s: Settings, trainer: str) -> Step:
     return Step(
         f"train {trainer}",
         partial(_is_trained, s, trainer),
-        lambda: [*train, "--c"] if _usable_checkpoints(s.fold_folder(trainer)) else train,
+        tuple(train),
+        prepare=lambda: ["--c"] if _usable_checkpoints(s.fold_folder(trainer)) else [],
         program=("-c", _SEEDED_TRAINING, str(s.seed)),
         makes_stale=tuple(stale),
         progress=partial(_training_progress, s.epochs),
@@ -94,29 +97,21 @@ def _testing(s: Settings, trainer: str) -> list[Step]:
     images, truth = here(s.held_out / "imagesTs"), here(s.held_out / "labelsTs")
     predictions, summary = s.predictions(trainer), s.evaluation(trainer)
     predict = ["nnUNetv2_predict", "-i", images, "-o", here(predictions), *model, "-device", s.device]
-    if s.device == "cpu":
-        predict += ["-npp", "1", "-nps", "1"]
-    evaluate = [
-        "nnUNetv2_evaluate_folder",
-        truth,
-        here(predictions),
-        "-djfile",
-        here(s.model(trainer) / "dataset.json"),
-    ]
-    evaluate += ["-pfile", here(s.model(trainer) / "plans.json"), "-o", here(summary)]
+    evaluate = ["nnUNetv2_evaluate_folder", truth, here(predictions), "-o", here(summary)]
+    evaluate += ["-djfile", here(s.model(trainer) / "dataset.json"), "-pfile", here(s.model(trainer) / "plans.json")]
 
-    def evaluate_command() -> list[str]:
+    def make_folder() -> list[str]:
         summary.parent.mkdir(parents=True, exist_ok=True)  # nnU-Net does not
-        return evaluate
+        return []
 
     steps = [
-        Step(f"predict {trainer}", partial(_is_predicted, s, trainer), lambda: predict, makes_stale=(summary,)),
-        Step(f"evaluate {trainer}", partial(_has_json, summary), evaluate_command),
+        Step(f"predict {trainer}", partial(_is_predicted, s, trainer), tuple(predict), makes_stale=(summary,)),
+        Step(f"evaluate {trainer}", partial(_has_json, summary), tuple(evaluate), prepare=make_folder),
     ]
     if trainer == UNCERTAINTY_TRAINER:
         maps = s.uncertainty()
         uncertainty = ["nnunet-multimodal", "uncertainty", "-i", images, "-o", here(maps), *model, "-device", s.device]
-        steps.append(Step(f"uncertainty {trainer}", partial(_has_json, maps / "uncertainty.json"), lambda: uncertainty))
+        steps.append(Step(f"uncertainty {trainer}", partial(_has_json, maps / "uncertainty.json"), tuple(uncertainty)))
     return steps
 
 
@@ -158,11 +153,6 @@ def _is_preprocessed(s: Settings) -> bool:
         except (FileNotFoundError, EOFError, pickle.UnpicklingError):
             return False
     return True
-
-
-def _is_linked(s: Settings) -> bool:
-    cases = data.validation_cases(s)
-    return bool(cases) and set(data.held_out_cases(s)) == set(cases)
 
 
 def _is_trained(s: Settings, trainer: str) -> bool:

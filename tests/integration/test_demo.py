@@ -26,9 +26,11 @@ def snapshot(folder):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "Dataset017_Regions"
     write_dataset(folder, num_training=5, num_test=0)
+    for image in folder.glob("imagesTr/*_0002.nii.gz"):  # two modalities are enough and faster
+        image.unlink()
+    regions = {"channel_names": {"0": "T1", "1": "T2"}, "labels": REGIONS, "regions_class_order": [1, 2, 3]}
     file = folder / "dataset.json"
-    description = json.loads(file.read_text())
-    file.write_text(json.dumps({**description, "labels": REGIONS, "regions_class_order": [1, 2, 3]}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **regions}))
     return folder
 
 
@@ -76,7 +78,7 @@ def test_picture_and_uncertainty_are_there(out):
     assert picture.std() > 0.05
     (case,) = json.loads((out / "results.json").read_text())["cases"]["CRNPTrainer"]
     assert sorted(file.name for file in (out / "uncertainty").glob("*.nii.gz")) == [
-        f"{case}_{channel:04d}.nii.gz" for channel in range(3)
+        f"{case}_{channel:04d}.nii.gz" for channel in range(2)
     ]
 
 

@@ -105,15 +105,27 @@ def test_wrong_data_is_named(raw, tmp_path):
 
 def test_data_is_linked_and_held_out_cases_are_those_of_the_fold(raw, tmp_path):
     s = settings("--data", raw, "--out", tmp_path / "out", *NAMES)
+    assert not data.is_complete(s)
     data.link_dataset(s)
+    assert data.is_complete(s)
     assert (s.raw / "imagesTr" / "case0_0001.nii.gz").resolve() == raw / "imagesTr" / "case0_0001.nii.gz"
     assert json.loads((s.raw / "dataset.json").read_text())["numTraining"] == 5
     s.preprocessed.mkdir(parents=True)
     (s.preprocessed / "splits_final.json").write_text(json.dumps([{"train": [], "val": ["case4", "case2"]}]))
+    assert not data.is_linked(s)
     data.link_held_out(s)
     cases = data.held_out_cases(s)
+    assert data.is_linked(s)
     assert list(cases) == ["case2", "case4"]
     assert [file.name for file in cases["case4"][0]] == ["case4_0000.nii.gz", "case4_0001.nii.gz"]
+
+
+def test_a_deleted_file_of_the_dataset_is_missed(tmp_path):
+    s = settings("--out", tmp_path)
+    data.make_synthetic(s)
+    assert data.is_complete(s)
+    (s.raw / "imagesTs" / "demo_021_0001.nii.gz").unlink()
+    assert not data.is_complete(s)
 
 
 def test_files_listed_in_dataset_json_are_linked_by_nnunets_names(raw, tmp_path):
@@ -149,11 +161,11 @@ def test_training_continues_from_a_whole_checkpoint_and_removes_a_broken_one(tmp
     fold.mkdir(parents=True)
     (train,) = (step for step in steps.demo_steps(s) if step.name == "train CRNPTrainer")
     (fold / "checkpoint_best.pth").write_bytes(b"half of a check")
-    assert "--c" not in train.command()
+    assert train.prepare() == []
     assert not (fold / "checkpoint_best.pth").exists()
     with zipfile.ZipFile(fold / "checkpoint_best.pth", "w") as file:
         file.writestr("data", "whole")
-    assert train.command()[-1] == "--c"
+    assert train.prepare() == ["--c"]
     assert not train.is_done()
 
 
@@ -183,7 +195,7 @@ def test_environment_keeps_what_the_user_set(tmp_path, monkeypatch):
 
 def python_step(code, is_done, **more):
     """A step whose command is a few lines of Python."""
-    return Step("try", is_done, lambda: ["nnUNetv2_try", "1"], program=("-c", code), **more)
+    return Step("try", is_done, ("nnUNetv2_try", "1"), program=("-c", code), **more)
 
 
 def test_a_failing_command_shows_the_end_of_its_log(tmp_path):
