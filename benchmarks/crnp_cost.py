@@ -1,9 +1,10 @@
 """What CRNP costs against plain nnU-Net on the same plan: step time, memory and inference time, for 2 to 4 modalities.
 
 All contenders take turns in one process, with nnU-Net's loss, deep supervision, gradient clipping and optimiser step;
-the ratios are those of neighbouring measurements. CRNP encodes every modality by itself, so no implementation can be
-faster than M passes of a one-channel encoder, one decoder with its loss, and the optimiser. This bound is put together
-from the times of these parts measured alone in the same rounds, and so is the excess over it.
+the ratios are those of neighbouring measurements. CRNP encodes every modality by itself, so where arithmetic counts
+and not the launching of it, nothing can be faster than M passes of a one-channel encoder, one decoder with its loss,
+and the optimiser. This bound is put together from the times of these parts measured alone in the same rounds, and so
+is the excess over it.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ class Parts:
             "RNP and fusion": self._fusion(),
             "skip reduction": self._reduction(),
             "input": lambda: split_present(self.training.x),
-            "optimiser": self._optimiser,
+            "optimiser": self._optimiser(),
         }
 
     def _leaf(self, *shape: int, grad: bool = True) -> Tensor:
@@ -271,12 +272,18 @@ class Parts:
         skips = self.skips()
         return self._pass(lambda: [self.decode(skips)], [()], skips)
 
-    def _optimiser(self) -> None:
-        for parameter in self.network.parameters():  # the norm and the step cost the same for any gradient
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-        self.training.optimiser.step()
+    def _optimiser(self) -> Callable[[], None]:
+        """Clipping and the step, which cost the same for any gradient."""
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        gradients = [torch.zeros_like(p) for p in parameters]
+
+        def run() -> None:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            nn.utils.clip_grad_norm_(parameters, 12)
+            self.training.optimiser.step()
+
+        return run
 
     def saved_bytes(self) -> dict[str, int]:
         """Kept from forward to backward by one encoder pass and by the decoder with its loss."""
@@ -291,6 +298,17 @@ class Parts:
         return {"encoder": run(lambda: self.backbone.encoders[0](x)), "decoder": run(lambda: self.decode(skips))}
 
 
+def size(training: Training, plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
+    """What does not depend on the clock: memory, parameters, feature maps, operations."""
+    elements = training.module.compute_conv_feature_map_size(plan.patch) * plan.batch
+    return {
+        "memory_mib": training.memory(),
+        "parameters_million": round(sum(p.numel() for p in training.module.parameters()) / 1e6, 3),
+        "feature_map_elements_million": round(elements / 1e6, 2),
+        "giga_multiply_adds": None if args.compile else training.flops(),
+    }
+
+
 def measure(plan: Plan, num_modalities: int, args: argparse.Namespace, title: str) -> dict[str, Any]:
     """All figures of one plan for one number of modalities."""
     torch.manual_seed(0)
@@ -298,17 +316,7 @@ def measure(plan: Plan, num_modalities: int, args: argparse.Namespace, title: st
     parts = Parts(trainings["CRNP"], plan, args)
     for training in trainings.values():  # momentum and compilation before the first measurement
         training.step()
-    figures = {
-        name: {
-            "memory_mib": training.memory(),
-            "parameters_million": round(sum(p.numel() for p in training.module.parameters()) / 1e6, 3),
-            "feature_map_elements_million": round(
-                training.module.compute_conv_feature_map_size(plan.patch) * plan.batch / 1e6, 2
-            ),
-            "giga_multiply_adds": None if args.compile else training.flops(),
-        }
-        for name, training in trainings.items()
-    }
+    figures = {name: size(training, plan, args) for name, training in trainings.items()}
     calls = {name: training.step for name, training in trainings.items()} | parts.contenders()
     clock = process_time if args.processor_time else perf_counter
     steps = common.interleaved(calls, args.repeats, args.device, f"{title}: training", clock=clock)
@@ -323,15 +331,15 @@ def measure(plan: Plan, num_modalities: int, args: argparse.Namespace, title: st
     ]
     bound_mib = (num_modalities * saved["encoder"] + saved["decoder"]) / 2**20
     for name, figure in figures.items():
+        plain = figures[PLAIN]["memory_mib"]
         figure["step_seconds"] = common.spread(steps[name])
         figure["step_ratio"] = common.ratio(steps[name], steps[PLAIN])
         figure["inference_seconds"] = common.spread(inference[name])
         figure["inference_ratio"] = common.ratio(inference[name], inference[PLAIN])
-        plain = figures[PLAIN]["memory_mib"]
         figure["memory_ratio"] = {k: round(v / plain[k], 3) for k, v in figure["memory_mib"].items()}
     return {
         "contenders": figures,
-        "parts_seconds": {name: common.spread(steps[name]) for name in parts.contenders()},
+        "parts_seconds": {name: common.spread(steps[name]) for name in calls if name not in trainings},
         "fusion_share_of_step": common.ratio(steps["RNP and fusion"], steps["CRNP"]),
         "separate_over_shared": common.ratio(steps["CRNP, separate encoders"], steps["CRNP"]),
         "bound": {

@@ -5,6 +5,7 @@
 
 import math
 import os
+import random
 import tempfile
 from pathlib import Path
 
@@ -368,7 +369,7 @@ class TrainerContract:
             trainer.initialize()
         if fixed_batches:
             get_dataloaders = trainer.get_dataloaders
-            trainer.get_dataloaders = lambda: _fixed_batches(trainer, get_dataloaders())
+            trainer.get_dataloaders = lambda: _fixed_batches(trainer, get_dataloaders)
         if interrupt:
             on_epoch_start = trainer.on_epoch_start
 
@@ -381,8 +382,11 @@ class TrainerContract:
         return trainer
 
 
-def _fixed_batches(trainer, loaders):
-    templates = [next(loader) for loader in loaders]
+def _fixed_batches(trainer, get_dataloaders):
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (nnU-Net's loaders draw from it)
+    torch.manual_seed(0)
+    templates = [next(loader) for loader in get_dataloaders()]
 
     def batches(template):
         step = 0
@@ -414,7 +418,7 @@ def _train_rank(rank: int, world_size: int, init_method: str, name: str, folder:
         return DistributedDataParallel(module, **kwargs)
 
     torch.manual_seed(rank)  # DDP must make the weights equal by itself
-    np.random.seed(rank)
+    np.random.seed(rank)  # noqa: NPY002
     with mock.patch("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.DDP", on_cpu):
         trainer.run_training()
     torch.save(unwrap(trainer.network).state_dict(), f"{folder}/rank{rank}.pt")

@@ -25,10 +25,10 @@ SPACING_MM = (2.0, 1.75, 1.75)
 
 # Mean intensity in a modality (row) of tissue, organ, lesion, core: a structure is invisible where its value is that of
 # the structure around it.
-INTENSITY = np.array([[0.3, 0.8, 0.8, 0.1], [0.3, 0.6, 1.0, 1.0], [0.2, 0.2, 1.0, 0.4]])
+INTENSITY = np.array([[0.3, 0.8, 0.8, 1.3], [0.3, 0.6, 1.2, 1.2], [0.2, 0.2, 1.0, 0.6]])
 SCALE = 1000  # intensities are stored as int16
 
-_NOISE = 0.06
+_NOISE = 0.05
 _BIAS = 0.12
 _SUPERSAMPLING = 2
 
@@ -145,7 +145,7 @@ def _corrupt(rng: np.random.Generator, images: np.ndarray, labels: np.ndarray) -
     voxels = np.argwhere(labels > 0)
     offset = np.indices(labels.shape).transpose(1, 2, 3, 0) - voxels[rng.integers(len(voxels))]
     distance_mm = np.linalg.norm(offset * SPACING_MM, axis=-1)
-    corruption = np.clip((rng.uniform(8, 11) - distance_mm) / 3 + 0.5, 0, 1)  # a rim of 3 mm
+    corruption = np.clip((rng.uniform(7, 10) - distance_mm) / 3 + 0.5, 0, 1)  # a rim of 3 mm
     noise = rng.uniform(0, 1) + 0.3 * rng.standard_normal(labels.shape)
     images[modality] += corruption * (noise - images[modality])
     return modality, corruption

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nnunet_multimodal.demo.settings import Settings
 
 TRAINERS = ("nnUNetTrainer", "CRNPTrainer")
-SYNTHETIC_LENGTH = (5, 50)  # epochs, iterations
+SYNTHETIC_LENGTH = (6, 50)  # epochs, iterations
 REAL_LENGTH = (24, 100)
 
 
