@@ -1,9 +1,8 @@
 """Plain nnU-Net and CRNP on real PET/CT/MR data (25 patients with soft-tissue sarcoma), 20 to train and 5 held out.
 
-Runs ``nnunet-multimodal demo --data`` on a plan that a CPU can train, or goes on with the run in the work folder; with
-``--no-training`` only reads what nnU-Net left there. The tumour is near the middle of every crop, so two floors
-without any learning are computed on the same held-out cases: a centred ellipsoid, its size chosen on the training
-cases, and a threshold of the PET.
+Runs ``nnunet-multimodal demo --data`` on a plan that a CPU can train, or goes on with the run in the work folder. The
+tumour is near the middle of every crop, so two floors without any learning are computed on the same held-out cases: a
+centred ellipsoid, its size chosen on the training cases, and a threshold of the PET.
 """
 
 from __future__ import annotations
@@ -184,7 +183,6 @@ def draw(args: argparse.Namespace, methods: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     p = common.parser(__doc__)
     p.add_argument("--work", type=Path, metavar="DIR", help="keeps everything of the demo; default: OUT/../work/sts")
-    p.add_argument("--no-training", action="store_true", help="all trainings in the work folder are complete")
     p.add_argument("--trainers", nargs="+", default=list(TRAINERS))
     p.add_argument("--epochs", type=int, default=12)
     p.add_argument("--iterations", type=int, default=100)
@@ -195,8 +193,7 @@ def main() -> None:
     args = p.parse_args()
     args.work = args.work or args.out.resolve().parent / "work" / "sts"
     data = common.data_folder(DATA)
-    if not args.no_training:
-        run_demo(args, data)
+    run_demo(args, data)
     split = read_split(args)
     methods = floors(data, split)
     methods |= {trainer: read_result(args, data, split["val"], trainer) for trainer in args.trainers}

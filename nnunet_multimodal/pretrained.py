@@ -40,7 +40,7 @@ def load_pretrained_weights(stock: Callable[..., None], network: nn.Module, fnam
     kept = [key for key in ours.state_dict() if key not in loaded]
     ours.load_state_dict({**ours.state_dict(), **loaded})
     parts = sorted({".".join(key.split(".")[:3]) for key in kept})
-    print(f"################### Loaded {len(loaded)} tensors of the stock nnU-Net checkpoint {fname} ###################")
+    print(f"################### Loaded {len(loaded)} tensors of the stock checkpoint {fname} ###################")
     print(f"Encoder and decoder are taken over. Not in a stock network, so initialised anew: {', '.join(parts)}")
     return None
 

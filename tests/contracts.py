@@ -90,7 +90,9 @@ class NetworkContract:
             size = (8, 8, 12)[-dim:]
             assert output[0].shape == (2, 2, *size)
             step = (1, 2, 2)[-dim:]
-            assert [c.shape[2:] for c in output.coarse_logits] == [tuple(s // t for s, t in zip(size, step))]
+            assert [c.shape[2:] for c in output.coarse_logits] == [
+                tuple(s // t for s, t in zip(size, step, strict=True))
+            ]
             assert output[1] is output.coarse_logits[0]
 
     def test_evaluation_without_deep_supervision_returns_plain_logits(self):
@@ -332,7 +334,8 @@ class TrainerContract:
         plans = postprocessing.with_name("plans.json")
         nnunet(
             "nnUNetv2_apply_postprocessing", "-i", tmp_path / "ensemble", "-o", tmp_path / "final",
-            "-pp_pkl_file", postprocessing, "-plans_json", plans, "-dataset_json", members[0] / "dataset.json", "-np", 1,
+            "-pp_pkl_file", postprocessing, "-plans_json", plans, "-dataset_json", members[0] / "dataset.json",
+            "-np", 1,
         )  # fmt: skip
         assert len(list((tmp_path / "final").glob("case_*.nii.gz"))) == 5
 
@@ -408,7 +411,7 @@ def _train_rank(rank: int, world_size: int, init_method: str, name: str, folder:
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
-    os.environ["nnUNet_results"] = f"{folder}/results_{rank}"
+    os.environ["nnUNet_results"] = f"{folder}/results_{rank}"  # noqa: SIM112
     distributed.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     with mock.patch.object(distributed, "is_initialized", return_value=False):  # its constructor would ask for CUDA
         trainer = get_trainer_from_args("900", "3d_fullres", 0, name, PLANS, device=torch.device("cpu"))

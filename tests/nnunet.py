@@ -65,7 +65,9 @@ class NnUNet:
         self("nnUNetv2_train", 900, configuration, fold, "-tr", trainer, "-p", PLANS, "-device", "cpu", *more)
         return self.model(trainer, configuration) / f"fold_{fold}"
 
-    def predict(self, trainer: str, configuration: str, output: Path, *more: object, images: Path | None = None) -> Path:
+    def predict(
+        self, trainer: str, configuration: str, output: Path, *more: object, images: Path | None = None
+    ) -> Path:
         """Predict the raw dataset's images."""
         images = images or self.raw / DATASET / "imagesTr"
         model = ("-d", 900, "-tr", trainer, "-p", PLANS, "-c", configuration, "-f", 0)

@@ -21,9 +21,11 @@ class TestCRNPTrainer(TrainerContract):
         plans = nnunet.plans()
         plans["configurations"]["concat"] = {
             "inherits_from": "3d_fullres",
-            "nnunet_multimodal": {"modalities": [[0, 1]], "crnp": {"fusion": "concat", "attention": "cross"}},
+            "nnunet_multimodal": {
+                "modalities": [[2], [0], [1]],
+                "crnp": {"fusion": "concat", "attention": "cross"},
+            },
         }
-        plans["configurations"]["concat"]["nnunet_multimodal"]["modalities"] = [[2], [0], [1]]
         plans["plans_name"] = "optionsPlans"
         nnunet.write_plans(plans)
         trainer = nnunet.trainer(self.short, "concat", "optionsPlans")
@@ -31,7 +33,8 @@ class TestCRNPTrainer(TrainerContract):
             trainer.run_training()
             assert trainer.network.backbone.fusion.fusion == "concat"
             assert trainer.network.groups == ((2,), (0,), (1,))
-        saved = json.loads((nnunet.results / DATASET / f"{self.short}__optionsPlans__concat" / "plans.json").read_text())
+        model = nnunet.results / DATASET / f"{self.short}__optionsPlans__concat"
+        saved = json.loads((model / "plans.json").read_text())
         assert saved["configurations"]["concat"]["nnunet_multimodal"]["crnp"]["fusion"] == "concat"
 
     def test_unknown_options_are_refused_with_the_known_ones(self, datasets):

@@ -62,7 +62,7 @@ class TestCRNP(NetworkContract):
             backbone = network.backbone
             x, cascade, present = network.split(with_absent(self.data(), [(0, 1)]))
             stages = [s.detach().requires_grad_() for s in backbone.encode(x, cascade)]
-            backbone.encode = lambda *_: list(stages)
+            backbone.encode = lambda *_, stages=stages: list(stages)
             output = backbone(x, cascade, present)
             output.features[0].square().sum().backward()
             for stage in stages:
@@ -164,10 +164,8 @@ class TestFusion:
         x = torch.randn(1, 2, 4, 3)
         scale = x.square().mean(2, keepdim=True).add(1e-5).rsqrt()
         t = (x * scale * module.scale)[0]  # (M, F, N)
-        if attention == "self":
-            tokens = [t.flatten(0, 1).T] * 2  # queries, then keys and values
-        else:
-            tokens = [t[0].T, t[1].T]
+        # queries, then keys and values
+        tokens = [t.flatten(0, 1).T] * 2 if attention == "self" else [t[0].T, t[1].T]
         q = module.query_key_value(tokens[0])[:, :4]
         k, v = module.query_key_value(tokens[1])[:, 4:].chunk(2, -1)
         attended = module.out(torch.softmax(q @ k.T / 2, -1) @ v).T

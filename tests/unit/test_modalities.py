@@ -52,7 +52,7 @@ def test_keeps_the_type(dtype):
 def test_groups_name_every_channel_once_and_are_of_equal_size():
     assert check_groups([[0, 2], [3, 1]], 4) == ((0, 2), (3, 1))
     for groups in ([[0], [1]], [[0], [1], [1]], [[0], [1], [3]]):
-        with pytest.raises(ValueError, match="each of the 3 image channels 0..2 exactly once"):
+        with pytest.raises(ValueError, match=r"each of the 3 image channels 0..2 exactly once"):
             check_groups(groups, 3)
     with pytest.raises(ValueError, match="equal size"):
         check_groups([[0, 1], [2]], 3)

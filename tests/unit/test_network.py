@@ -13,9 +13,9 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 
 def test_a_topology_that_is_no_unet_is_refused():
-    with pytest.raises(ValueError, match="embed_dim.*correct the plans file"):
+    with pytest.raises(ValueError, match=r"embed_dim.*correct the plans file"):
         MultimodalUNet(2, 2, backbone="early", **unet_kwargs(), embed_dim=3)
-    with pytest.raises(ValueError, match="either n_conv_per_stage.*or n_blocks_per_stage"):
+    with pytest.raises(ValueError, match=r"either n_conv_per_stage.*or n_blocks_per_stage"):
         MultimodalUNet(2, 2, backbone="early", **unet_kwargs(n_blocks_per_stage=[1, 1, 1]))
 
 
