@@ -313,6 +313,12 @@ class TrainerContract:
         assert torch.load(folder / "checkpoint_final.pth", weights_only=False)["current_epoch"] == 2
         assert (folder / "validation" / "summary.json").is_file()
 
+    def test_starts_from_a_stock_checkpoint(self, datasets, capsys):
+        nnunet = datasets("labels")
+        stock = nnunet.train("nnUNetTrainer_1epoch_1iterations") / "checkpoint_final.pth"
+        nnunet.train(self.short, "3d_fullres", 0, "-pretrained_weights", stock)
+        assert f"tensors of the stock checkpoint {stock}" in capsys.readouterr().out
+
     # --- after training
 
     def test_best_configuration_ensemble_postprocessing_and_zip(self, datasets, tmp_path):

@@ -53,8 +53,14 @@ class TestCRNPTrainer(TrainerContract):
             with pytest.raises(ValueError, match=message), nnunet.environment():
                 trainer.initialize()
 
-    @pytest.mark.parametrize("planner", ["nnUNetPlannerCRNP", "nnUNetPlannerCRNPResEncM"])
-    def test_plans_of_our_planners_train(self, datasets, planner):
+    @pytest.mark.parametrize(
+        "planner",
+        [
+            "nnUNetPlannerCRNP",
+            *(f"nnUNetPlanner{ours}ResEnc{size}" for ours in ("CRNP", "") for size in ("M", "L", "XL")),
+        ],
+    )
+    def test_plans_of_our_and_stock_planners_train(self, datasets, planner):
         nnunet = datasets("labels")
         name = f"{planner}Plans"
         nnunet(
@@ -63,8 +69,10 @@ class TestCRNPTrainer(TrainerContract):
         )  # fmt: skip
         plans = nnunet.plans(name)
         architecture = plans["configurations"]["3d_fullres"]["architecture"]
-        assert architecture["network_class_name"] == "nnunet_multimodal.network.MultimodalUNet"
-        assert architecture["arch_kwargs"]["backbone"] == "crnp"
+        ours = architecture["network_class_name"] == "nnunet_multimodal.network.MultimodalUNet"
+        assert ours == ("CRNP" in planner)
+        assert architecture["arch_kwargs"].get("backbone") == ("crnp" if ours else None)
+        assert ("n_blocks_per_stage" in architecture["arch_kwargs"]) == ("ResEnc" in planner)
         for configuration in ("2d", "3d_fullres"):  # the preprocessed data of the tiny plans has the same grid
             changed = plans["configurations"][configuration]
             changed.update(data_identifier=f"{PLANS}_{configuration}", batch_size=2)
