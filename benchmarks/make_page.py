@@ -137,6 +137,7 @@ def sts(result: Result) -> str:
         "",
         table(("", "mean Dice", "mean HD95 (mm)", "training (s)"), rows),
         "",
+        *([result["note"], ""] if result.get("note") else []),
         "Dice by case:",
         "",
         table(("", *cases), by_case),

@@ -190,6 +190,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--spacing", type=float, nargs=3, default=[4, 3, 3], metavar=("Z", "Y", "X"))
     p.add_argument("--planner", default="nnUNetPlannerCPU")
+    p.add_argument("--note", default="", help="recorded with the figures, for what a reader should know of the run")
     args = p.parse_args()
     args.work = args.work or args.out.resolve().parent / "work" / "sts"
     data = common.data_folder(DATA)
@@ -202,6 +203,7 @@ def main() -> None:
     draw(args, methods)
     figures = {
         "repeats": 1,
+        "note": args.note,
         "plan": read_plan(args),
         "training_cases": len(split["train"]),
         "published_dice": PUBLISHED,
