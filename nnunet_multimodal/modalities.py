@@ -4,8 +4,10 @@ A modality is one image channel of the nnU-Net dataset, or a group of channels. 
 (the previous stage, one-hot) belong to no modality and always follow the image channels.
 
 An absent modality is an all-NaN channel of the preprocessed data. Spatial augmentation and masks may set a part of it
-to zero, so a channel with any NaN is absent. So is a channel that is zero everywhere: what stock preprocessing makes
-of a placeholder of constant value. A patch in which nothing is present (a tile of air) counts as all present.
+to zero, so a channel with any NaN is absent. So is a channel that is zero everywhere: what z-score normalisation makes
+of a placeholder of constant value (nnU-Net's CT normalisation does not, and its noise augmentation, one sample in ten,
+undoes it in training: zeros are for prediction, NaN is for both). A modality of several channels is absent if one of
+them is. A patch in which nothing is present (a tile of air) counts as all present, but for channels with NaN.
 """
 
 from collections.abc import Sequence
@@ -15,19 +17,21 @@ from torch import Tensor
 
 
 def split_present(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Decode absent channels; done once, at the entry of a network.
+    """Decode absent modalities; done once, at the entry of a network.
 
     Args:
-        x: image channels (B, C, *D), any float type.
+        x: modalities (B, M, G, *D) of G channels each, any float type.
 
     Returns:
-        The channels with zero in place of everything absent (B, C, *D), and which are present (B, C), bool.
+        The same with zero in place of everything absent, and which modalities are present (B, M), bool.
     """
-    # NaN > 0 is False, so one reduction sees both signs of absence
-    present = x.detach().abs().flatten(2).amax(-1) > 0  # (B, C)
-    known = present | ~present.any(1, keepdim=True)
-    shape = (*known.shape, *(1,) * (x.ndim - 2))
-    return torch.where(present.view(shape), x, torch.zeros((), dtype=x.dtype, device=x.device)), known
+    # one reduction sees both signs of absence: it is NaN if there is any, and NaN > 0 is False
+    largest = x.detach().abs().flatten(3).amax(-1)  # (B, M, G)
+    present, unknown = (largest > 0).all(2), largest.isnan().any(2)
+    air = ~present.any(1, keepdim=True)
+    present = torch.where(air, ~unknown | unknown.all(1, keepdim=True), present)
+    kept = (present & ~unknown).view(*present.shape, *(1,) * (x.ndim - 2))
+    return torch.where(kept, x, torch.zeros((), dtype=x.dtype, device=x.device)), present
 
 
 def check_groups(groups: Sequence[Sequence[int]], num_channels: int) -> tuple[tuple[int, ...], ...]:

@@ -120,9 +120,8 @@ class MultimodalUNet(nn.Module):
         image, cascade = x[:, : self.num_image_channels], x[:, self.num_image_channels :]
         if self.channel_order is not None:
             image = image[:, self.channel_order]
-        image, present = split_present(image)
-        image = image.unflatten(1, (self.num_modalities, -1))
-        return image, cascade, present.unflatten(1, (self.num_modalities, -1)).all(2)
+        image, present = split_present(image.unflatten(1, (self.num_modalities, -1)))
+        return image, cascade, present
 
     @torch.no_grad()
     def modality_uncertainty(self, x: Tensor) -> Tensor:

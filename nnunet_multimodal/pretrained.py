@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from nnunet_multimodal.network import MultimodalUNet, unwrap
 
@@ -59,9 +60,8 @@ def stock_weights(network: MultimodalUNet, weights: dict[str, Tensor], fname: st
                 if theirs not in weights:
                     raise _other_topology(theirs, "is not in", fname)
                 value = weights[theirs]
-                takes_image = value.ndim > 2 and value.shape[1] == network.num_input_channels
-                if channels is not None and takes_image and value.shape[1] != own.shape[1]:
-                    value = _first_convolution(value, network, channels)
+                if channels is not None and own.data_ptr() == _first_weight(network, prefix).data_ptr():
+                    value = _first_convolution(value, network, channels, fname)
                 if value.shape != own.shape:
                     raise _other_topology(theirs, f"needs shape {tuple(own.shape)}, not {tuple(value.shape)} of", fname)
                 loaded[key] = value
@@ -82,8 +82,20 @@ def _shared_parts(network: MultimodalUNet) -> dict[str, list[tuple[int, ...]] | 
     return parts
 
 
-def _first_convolution(weight: Tensor, network: MultimodalUNet, groups: list[tuple[int, ...]]) -> Tensor:
+def _first_weight(network: MultimodalUNet, encoder: str) -> Tensor:
+    """The weight of an encoder's first convolution, the one that sees the image."""
+    return next(m.weight for m in network.backbone.get_submodule(encoder).modules() if isinstance(m, _ConvNd))
+
+
+def _first_convolution(
+    weight: Tensor, network: MultimodalUNet, groups: list[tuple[int, ...]], fname: str | os.PathLike
+) -> Tensor:
     """(out, C, *k) of all channels -> (out, G + K, *k) of one modality: mean over modalities, then the cascade's."""
+    if weight.shape[1] != network.num_input_channels:
+        raise ValueError(
+            f"{fname} is of a network with {weight.shape[1]} input channels, this dataset has "
+            f"{network.num_input_channels}; train without -pretrained_weights"
+        )
     image = torch.stack([weight[:, list(group)] for group in groups]).mean(0)
     return torch.cat((image, weight[:, network.num_image_channels :]), 1)
 

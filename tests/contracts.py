@@ -168,8 +168,15 @@ class NetworkContract:
         x = self.data(modalities=4)
         image, _, present = network.split(with_absent(x, [(0, 1)]))
         assert torch.equal(image[1], x[1, [0, 2, 3, 1]].unflatten(0, (2, 2)))
+        assert image[0, 1].abs().max() == 0
         assert present.tolist() == [[True, False], [True, True]]
-        assert torch.isfinite(network(with_absent(x, [(0, 1)]))).all()
+        other = x.clone()
+        other[0, 3] += 1  # the rest of the absent modality
+        expected = network(with_absent(x, [(0, 1)]))
+        assert torch.equal(network(with_absent(other, [(0, 1)])), expected)
+        none_complete = network.train()(with_absent(x, [(0, 1), (0, 0)]))
+        assert torch.isfinite(none_complete[0]).all()
+        assert all(torch.isfinite(term) for term in none_complete.auxiliary_losses.values())
 
     def test_the_whole_graph_compiles_once_for_all_subsets(self):
         for options in self.each():
@@ -186,11 +193,12 @@ class NetworkContract:
         torch._dynamo.reset()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_autocast_stays_finite(self, dtype):
+    @pytest.mark.parametrize("absent", [[], [(0, 0), (0, 1)]])
+    def test_autocast_stays_finite(self, dtype, absent):
         for options in self.each():
             network = self.build(options)
             with torch.autocast("cpu", dtype):
-                output = network(100 * self.data())
+                output = network(100 * with_absent(self.data(), absent))
             assert torch.isfinite(output[0].float()).all()
             assert all(torch.isfinite(term) for term in output.auxiliary_losses.values())
 

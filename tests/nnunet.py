@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -155,9 +154,3 @@ def _with_cascade(plans: dict) -> dict:
 def segmentation(path: Path) -> np.ndarray:
     """The array of an image file."""
     return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
-
-
-def copy_without(folder: Path, target: Path) -> Path:
-    """A copy of a folder that replaces what was there."""
-    shutil.rmtree(target, ignore_errors=True)
-    return Path(shutil.copytree(folder, target))

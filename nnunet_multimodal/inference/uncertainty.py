@@ -1,8 +1,8 @@
 """Maps of each modality's uncertainty for whole images, and a score per case.
 
 With a trained CRNP model: where a modality's features are unlike those of the training data (Wang et al., ECCV 2022,
-Fig. 3). Writes CASE_0000.nii.gz, CASE_0001.nii.gz, ... on the image's grid, numbered like the image's channels, and
-uncertainty.json with each map's mean: a score for cases unlike the training data.
+Fig. 3). Writes CASE_0000.nii.gz, CASE_0001.nii.gz, ... on the image's grid, one for each modality, and uncertainty.json
+with each map's mean inside nnU-Net's crop: a score for cases unlike the training data.
 """
 
 from __future__ import annotations
@@ -59,40 +59,14 @@ def run(args: argparse.Namespace) -> int:
     for files in tqdm(cases, desc="uncertainty", unit="case"):
         case = os.path.basename(files[0])[: -len(ending) - 5]
         previous = None if args.prev_stage_predictions is None else f"{args.prev_stage_predictions}/{case}{ending}"
-        maps, properties = predictor.predict_case(files, previous)
-        scores[case] = {name: float(m.mean()) for name, m in zip(predictor.modality_names(), maps, strict=True)}
-        for channel, uncertainty in enumerate(maps):
-            _write(uncertainty, properties, output / f"{case}_{channel:04d}.nii.gz")
+        maps, means = predictor.predict_case(files, previous)
+        scores[case] = dict(zip(predictor.modality_names(), means, strict=True))
+        for modality, uncertainty in enumerate(maps):
+            _write(uncertainty, files[0], output / f"{case}_{modality:04d}.nii.gz")
     beside = output / "uncertainty.json.part"
     beside.write_text(json.dumps(scores, indent=2) + "\n")
     beside.replace(output / "uncertainty.json")
     return 0
-
-
-def predict_uncertainty(
-    model_folder: str | os.PathLike,
-    images: Sequence[str],
-    fold: int | str,
-    device: torch.device | str,
-    checkpoint: str = "checkpoint_final.pth",
-) -> np.ndarray:
-    """Uncertainty of each modality of one case.
-
-    Args:
-        model_folder: ``nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION``.
-        images: the channel files of the case.
-        fold: a fold, or ``all``.
-        device: torch device, or its name.
-        checkpoint: file name.
-
-    Returns:
-        (M, *spatial), float32, on the image's grid, axes as SimpleITK's arrays; zero outside nnU-Net's crop.
-
-    Raises:
-        ValueError: the model's method does not measure uncertainty.
-    """
-    predictor = UncertaintyPredictor.from_model(str(model_folder), [fold], torch.device(device), checkpoint)
-    return predictor.predict_case(images)[0]
 
 
 class UncertaintyPredictor(nnUNetPredictor):
@@ -110,8 +84,14 @@ class UncertaintyPredictor(nnUNetPredictor):
         """The predictor of a trained model.
 
         Raises:
-            ValueError: a model of another package.
+            ValueError: no trained fold, a model of another package, or one whose images nnU-Net reorients.
         """
+        if folds is None:
+            found = sorted(path.parent.name for path in Path(model_folder).glob(f"fold_*/{checkpoint}"))
+            numbered = [name.removeprefix("fold_") for name in found if name != "fold_all"]
+            folds = numbered or [name.removeprefix("fold_") for name in found]
+        if not folds:
+            raise ValueError(f"no fold_*/{checkpoint} in {model_folder}; train the model, or see -d, -tr, -p, -c, -chk")
         on_device = device.type == "cuda"
         predictor = cls(step_size, perform_everything_on_device=on_device, device=device, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(model_folder, folds, checkpoint)
@@ -119,6 +99,11 @@ class UncertaintyPredictor(nnUNetPredictor):
         if not isinstance(network, MultimodalUNet):
             raise ValueError(
                 f"{model_folder} is a model of {predictor.trainer_name}, which has no modality uncertainty"
+            )
+        reader = predictor.plans_manager.plans["image_reader_writer"]
+        if "Reorient" in reader:
+            raise ValueError(
+                f"{model_folder} reads images with {reader}, which reorients them; maps cannot follow that"
             )
         # nnU-Net sizes its buffer by the number of classes; ours holds modalities
         predictor.label_manager = SimpleNamespace(num_segmentation_heads=network.num_modalities)
@@ -133,21 +118,21 @@ class UncertaintyPredictor(nnUNetPredictor):
         names = [str(names[key]) for key in sorted(names, key=int)]
         return ["+".join(names[channel] for channel in group) for group in unwrap(self.network).groups]
 
-    def predict_case(self, images: Sequence[str], previous: str | None = None) -> tuple[np.ndarray, dict]:
-        """Maps (M, *spatial) of one case on its own grid, and nnU-Net's properties of it.
+    def predict_case(self, images: Sequence[str], previous: str | None = None) -> tuple[np.ndarray, list[float]]:
+        """Maps (M, *spatial) of one case on its own grid, zero outside nnU-Net's crop, and their means inside it.
 
         Raises:
             ValueError: a cascade without the prediction of its previous stage.
         """
         plans, configuration = self.plans_manager, self.configuration_manager
+        if configuration.previous_stage_name is not None and previous is None:
+            raise ValueError(
+                f"{configuration.previous_stage_name} comes before this configuration; give the folder of its "
+                "predictions with -prev_stage_predictions"
+            )
         preprocessor = configuration.preprocessor_class(verbose=False)
         data, seg, properties = preprocessor.run_case(images, previous, plans, configuration, self.dataset_json)
         if configuration.previous_stage_name is not None:
-            if previous is None:
-                raise ValueError(
-                    f"{configuration.previous_stage_name} comes before this configuration; give the folder of its "
-                    "predictions with -prev_stage_predictions"
-                )
             labels = plans.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels, data.dtype)))
         maps = self.predict_logits_from_preprocessed_data(torch.from_numpy(data)).float()
@@ -158,17 +143,15 @@ class UncertaintyPredictor(nnUNetPredictor):
         maps = np.asarray(configuration.resampling_fn_probabilities(maps, shape, current, spacing), dtype=np.float32)
         whole = np.zeros((len(maps), *properties["shape_before_cropping"]), dtype=np.float32)
         whole = insert_crop_into_image(whole, maps, properties["bbox_used_for_cropping"])
-        return whole.transpose([0] + [axis + 1 for axis in plans.transpose_backward]), properties
+        means = [float(uncertainty.mean()) for uncertainty in maps]
+        return whole.transpose([0] + [axis + 1 for axis in plans.transpose_backward]), means
 
 
-def _write(array: np.ndarray, properties: dict, path: Path) -> None:
-    """Write beside, then rename, with the geometry that nnU-Net's SimpleITK reader found (else the spacing alone)."""
-    geometry = properties.get("sitk_stuff", {"spacing": properties["spacing"][::-1]})
-    if len(geometry["spacing"]) == 2:
-        array = array[0]
-    image = SimpleITK.GetImageFromArray(array)
-    for name, value in geometry.items():
-        getattr(image, f"Set{name.capitalize()}")(value)
+def _write(array: np.ndarray, like: str, path: Path) -> None:
+    """Write beside, then rename, with the geometry of an image file."""
+    reference = SimpleITK.ReadImage(like)
+    image = SimpleITK.GetImageFromArray(array.reshape(reference.GetSize()[::-1]))
+    image.CopyInformation(reference)
     beside = path.with_name(f".{path.name}")
     SimpleITK.WriteImage(image, str(beside), useCompression=True)
     beside.replace(path)

@@ -127,6 +127,14 @@ class TestUncertainty:
         error = torch.randn(1, 2, 3, 4, requires_grad=True)
         assert not cross_modal_uncertainty(error, all_present(error)).requires_grad
 
+    @pytest.mark.parametrize("scale", [1e-4, 300.0])
+    def test_is_computed_in_float32_under_autocast(self, scale):
+        error = scale * torch.randn(2, 3, 6, 5)
+        with torch.autocast("cpu", torch.float16):
+            u = cross_modal_uncertainty(error, all_present(error))
+        assert u.dtype == torch.float32
+        torch.testing.assert_close(u, cross_modal_uncertainty(error, all_present(error)))
+
     def test_vectors_are_normalised_over_features(self):
         error = torch.randn(2, 3, 6, 1)
         u = cross_modal_uncertainty(error, all_present(error))
@@ -178,7 +186,7 @@ class TestFusion:
     def test_a_lonely_modality_passes_every_fusion_unchanged(self):
         x = torch.randn(1, 3, 4, 6)
         present = torch.tensor([[False, True, False]])
-        for fusion in ("residual", "replace"):
+        for fusion in ("residual", "replace", "concat"):
             fused, _ = CRNPFusion(3, 4, fusion=fusion, attention="none")(x, present)
             torch.testing.assert_close(fused[0, 1], x[0, 1])
             assert fused[0, [0, 2]].abs().max() == 0

@@ -40,6 +40,13 @@ def test_plain_logits_have_nnunets_loss():
     assert objective(None)(torch.full((1, 1, 2, 2), 3.0), TARGETS[0]).item() == 9
 
 
+def test_samples_of_the_deterministic_head_are_its_mean():
+    mean = torch.randn(2, 3, 4, 4)
+    samples = DeterministicLogits(mean).rsample((5, 2))
+    assert samples.shape == (5, 2, 2, 3, 4, 4)
+    assert torch.equal(samples[3, 1], mean)
+
+
 def test_a_missing_resolution_is_an_error():
     with pytest.raises(ValueError, match="zip"):
         objective((0.5, 0.5))(output(1.0), TARGETS[:2])

@@ -39,6 +39,23 @@ def test_early_fusion_takes_encoder_and_decoder(checkpoint, residual):
     assert torch.equal(ours.head.seg_layers[0].weight, head)
 
 
+def test_early_fusion_follows_the_order_of_modalities(checkpoint, residual):
+    file, stock = checkpoint
+    ours = network("early", residual, modalities=[[2], [0], [1]]).eval()
+    load_pretrained_weights(ours, file)
+    x = torch.randn(1, 5, 8, 8, 12)
+    image, cascade, _ = ours.split(x)
+    skips = ours.backbone.encoder(torch.cat((image.flatten(1, 2), cascade), 1))
+    for mine, theirs in zip(skips, stock.encoder(x), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_another_number_of_channels_is_refused(checkpoint, residual):
+    ours = MultimodalUNet(4, 2, backbone="crnp", **unet_kwargs(3, residual))
+    with pytest.raises(ValueError, match="5 input channels, this dataset has 4"):
+        load_pretrained_weights(ours, checkpoint[0])
+
+
 def test_a_shared_encoder_starts_from_the_mean_over_image_channels(checkpoint, residual, capsys):
     file, stock = checkpoint
     ours = network("crnp", residual)
