@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -327,6 +328,31 @@ class TrainerContract:
         nnunet.train(self.short, "3d_fullres", 0, "-pretrained_weights", stock)
         assert f"tensors of the stock checkpoint {stock}" in capsys.readouterr().out
 
+    # --- absent modalities
+
+    def test_absent_modalities_train_and_predict(self, datasets, tmp_path):
+        """NaN in training; at prediction a placeholder, whose constant value must not matter."""
+        nnunet = datasets("labels")
+        trainer = self.prepared(nnunet, self.short)
+        with nnunet.environment():
+            batch = next(trainer.get_dataloaders()[0])
+            batch["data"] = with_absent(batch["data"], [(0, 1)])
+            assert np.isfinite(trainer.train_step(batch)["loss"])
+        nnunet.train(self.short)
+        predictions = []
+        for value in (0, 7):
+            images = tmp_path / f"images_{value}"
+            images.mkdir()
+            for channel in range(3):
+                image = SimpleITK.ReadImage(str(nnunet.raw / DATASET / "imagesTr" / f"case_0_{channel:04d}.nii.gz"))
+                image = image * 0 + value if channel == 1 else image
+                SimpleITK.WriteImage(image, str(images / f"case_0_{channel:04d}.nii.gz"))
+            arguments = (self.short, "3d_fullres", tmp_path / f"predicted_{value}", "--save_probabilities")
+            output = nnunet.predict(*arguments, images=images)
+            predictions.append(np.load(output / "case_0.npz")["probabilities"])
+        assert np.isfinite(predictions[0]).all()
+        np.testing.assert_array_equal(*predictions)
+
     # --- after training
 
     def test_best_configuration_ensemble_postprocessing_and_zip(self, datasets, tmp_path):
@@ -339,13 +365,13 @@ class TrainerContract:
         )  # fmt: skip
         dataset = nnunet.results / DATASET
         assert (dataset / "inference_instructions.txt").is_file()
-        (postprocessing,) = nnunet.model(self.short, "2d").glob("crossval_results_folds_0/postprocessing.pkl")
+        postprocessing = next(dataset.rglob("postprocessing.pkl"))  # of the best: a model or their ensemble
 
         members = [
             nnunet.predict(self.short, c, tmp_path / f"p_{c}", "--save_probabilities") for c in ("2d", "3d_fullres")
         ]
         nnunet("nnUNetv2_ensemble", "-i", *members, "-o", tmp_path / "ensemble", "-np", 1)
-        plans = postprocessing.with_name("plans.json")
+        plans = members[0] / "plans.json"
         nnunet(
             "nnUNetv2_apply_postprocessing", "-i", tmp_path / "ensemble", "-o", tmp_path / "final",
             "-pp_pkl_file", postprocessing, "-plans_json", plans, "-dataset_json", members[0] / "dataset.json",

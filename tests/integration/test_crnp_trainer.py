@@ -9,6 +9,13 @@ from tests.nnunet import DATASET, PLANS, make_dataset, segmentation
 class TestCRNPTrainer(TrainerContract):
     trainer = "CRNPTrainer"
 
+    def test_uncertainty_command_names_what_is_missing(self, datasets, tmp_path):
+        from nnunet_multimodal import cli
+
+        model = ["-d", "900", "-tr", "CRNPTrainer_99epochs", "-p", PLANS, "-c", "2d", "-device", "cpu"]
+        with datasets("labels").environment(), pytest.raises(ValueError, match=r"no fold_.*CRNPTrainer_99epochs"):
+            cli.main(["uncertainty", "-i", str(tmp_path), "-o", str(tmp_path), *model])
+
     def test_one_modality_is_refused_at_the_start(self, tmp_path):
         nnunet = make_dataset(tmp_path, "labels", channels=("T1",), cases=2)
         with pytest.raises(ValueError, match=rf"{DATASET} has 1 modality \(T1\).*-tr nnUNetTrainer"):
@@ -98,12 +105,13 @@ class TestCRNPTrainer(TrainerContract):
             sizes[planner] = configuration["batch_size"] * patch[0] * patch[1] * patch[2]
         assert sizes["nnUNetPlannerCRNP"] < sizes["ExperimentPlanner"]
 
-    def test_uncertainty_command_writes_maps_on_the_images_grid(self, datasets, tmp_path):
+    @pytest.mark.parametrize(("configuration", "fold"), [("3d_fullres", 0), ("2d", "all")])
+    def test_uncertainty_command_writes_maps_on_the_images_grid(self, datasets, tmp_path, configuration, fold):
         from nnunet_multimodal import cli
 
-        nnunet = datasets("labels")
-        nnunet.train(self.short)
-        model = ["-d", "900", "-tr", self.short, "-p", PLANS, "-c", "3d_fullres", "-f", "0", "-device", "cpu"]
+        nnunet = datasets("labels").with_results(tmp_path / "results")
+        nnunet.train(self.short, configuration, fold)
+        model = ["-d", "900", "-tr", self.short, "-p", PLANS, "-c", configuration, "-device", "cpu"]
         images = nnunet.raw / DATASET / "imagesTr"
         with nnunet.environment():
             assert cli.main(["uncertainty", "-i", str(images), "-o", str(tmp_path), *model]) == 0
