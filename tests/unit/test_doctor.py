@@ -224,7 +224,8 @@ def test_python_without_site_packages_is_told_why_nothing_is_found(folders):
     code = "import sys; from nnunet_multimodal import doctor; sys.exit(doctor.run(type('', (), {'json': True})))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(IMPORT_PATH)}
     command = [sys.executable, "-S", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    # not in the checkout, which "-c" would put in front of an installed package
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folders, check=False)
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     assert not report["start_up"]["ran"]
