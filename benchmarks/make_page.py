@@ -45,7 +45,7 @@ def handwritten(result: Result) -> str:
     text = [
         "Digits seen through six sets of features, 1,600 to train and 400 to test: one layer per view, CRNP on the",
         "vectors, one layer to the classes. One test image is 0.0025 of accuracy. Mean over seeds, range in brackets.",
-        "Concatenation alone solves this task, so it is a smoke test of the fusion on vectors and no evidence for CRNP.",
+        "Concatenation alone solves this task: a smoke test of the fusion on vectors, and no evidence for CRNP.",
         "",
         table(("variant", "seeds", "accuracy", "AUROC", "training (s)"), rows),
     ]
@@ -133,8 +133,8 @@ def sts(result: Result) -> str:
     text = [
         f"{result['training_cases']} patients to train, {len(cases)} held out; {spacing} mm, patch {patch},",
         f"batch {plan['batch_size']}, features {', '.join(map(str, plan['features_per_stage']))}. One seed. The two",
-        f"floors are computed without any learning on the same held-out cases, {len(cases)} in number, and so differ from",
-        f"those in the data's own notes: {', '.join(f'{name} {value}' for name, value in published.items())}.",
+        f"floors are computed without any learning on the same {len(cases)} cases, and so differ from those in the",
+        f"data's own notes: {', '.join(f'{name} {value}' for name, value in published.items())}.",
         "So few cases and one seed cannot tell which trainer is better; both are far above the floors.",
         "",
         table(("", "mean Dice", "mean HD95 (mm)", "training (s)"), rows),
