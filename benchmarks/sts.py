@@ -182,7 +182,7 @@ def draw(args: argparse.Namespace, methods: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     p = common.parser(__doc__)
-    p.add_argument("--work", type=Path, metavar="DIR", help="keeps everything of the demo; default: work/sts beside OUT")
+    p.add_argument("--work", type=Path, metavar="DIR", help="keeps the demo; default: work/sts beside OUT")
     p.add_argument("--trainers", nargs="+", default=list(TRAINERS))
     p.add_argument("--epochs", type=int, default=12)
     p.add_argument("--iterations", type=int, default=100)
