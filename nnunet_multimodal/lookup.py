@@ -6,6 +6,7 @@ which is nnU-Net's own ratio. nnU-Net's trainers take the second suffix too, so 
 trainer the same, short schedule: ``nnUNetTrainer_12epochs_100iterations``.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from importlib import import_module
@@ -13,12 +14,22 @@ from importlib import import_module
 TRAINERS = "nnunetv2.training.nnUNetTrainer"
 PLANNING = "nnunetv2.experiment_planning"
 
+# How backbones and heads (registries in nnunet_multimodal.backbones and .heads) appear in the name of a trainer,
+# backbone first: CRNPSSNTrainer. Nothing here may import torch: every start of Python reads this module's tables.
+_BACKBONES = {"early": "", "crnp": "CRNP"}
+_HEADS = {"deterministic": "", "ssn": "SSN", "ssn_diagonal": "SSNDiagonal"}
+
+
+def _trainer_name(backbone: str, head: str) -> str:
+    return f"{_BACKBONES[backbone]}{_HEADS[head]}" or "EarlyFusion"
+
+
+# trainer -> (backbone, head)
+COMBINATIONS = {f"{_trainer_name(*pair)}Trainer": pair for pair in itertools.product(_BACKBONES, _HEADS)}
+
 # The package that nnU-Net searches -> our class -> our module.
 CLASSES: dict[str, dict[str, str]] = {
-    TRAINERS: {
-        "CRNPTrainer": "nnunet_multimodal.trainers.crnp",
-        "EarlyFusionTrainer": "nnunet_multimodal.trainers.early_fusion",
-    },
+    TRAINERS: dict.fromkeys(COMBINATIONS, "nnunet_multimodal.trainers.combinations"),
     PLANNING: {
         "nnUNetPlannerCRNP": "nnunet_multimodal.plans.crnp",
         "nnUNetPlannerCRNPResEncM": "nnunet_multimodal.plans.crnp",
@@ -102,16 +113,27 @@ def trainer_with_length(trainer: type, name: str) -> type:
     return _with_length[trainer, name]
 
 
-def length_suffixes(trainer: type) -> Callable[[str], type]:
-    """A module's ``__getattr__`` (PEP 562) that resolves ``trainer``'s name with a length suffix.
+def trainers_of_combinations(module: str, base: type) -> Callable[[str], type]:
+    """A module's ``__getattr__`` (PEP 562) that makes the trainer of a combination, with or without a length suffix.
 
-    It makes the suffix work wherever a trainer's module is looked into by name: in our lookup, in a folder of
+    It makes the names work wherever a trainer's module is looked into: in our lookup, in a folder of
     ``nnUNet_extTrainer`` and when a class is unpickled.
+
+    Args:
+        module: name of that module.
+        base: the trainer that takes ``backbone`` and ``head``.
     """
+    made: dict[str, type] = {}
 
     def __getattr__(name: str) -> type:  # noqa: N807
-        if name.startswith(f"{trainer.__name__}_") and split_length(name)[0] == trainer.__name__:
-            return trainer_with_length(trainer, name)
-        raise AttributeError(name)
+        combination, *length = split_length(name)
+        if combination not in COMBINATIONS:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        if combination not in made:
+            backbone, head = COMBINATIONS[combination]
+            doc = f"nnU-Net's trainer with the {backbone!r} backbone and the {head!r} head."
+            members = {"backbone": backbone, "head": head, "__module__": module, "__doc__": doc}
+            made[combination] = type(combination, (base,), members)
+        return made[combination] if length == [None, None] else trainer_with_length(made[combination], name)
 
     return __getattr__

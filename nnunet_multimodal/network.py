@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.backbones.base import Backbone, UNetTopology
 from nnunet_multimodal.heads import HEADS
-from nnunet_multimodal.heads.base import Head, LogitDistribution, SegmentationLoss
+from nnunet_multimodal.heads.base import DistributionLoss, Head, LogitDistribution, SegmentationLoss
 from nnunet_multimodal.modalities import check_groups, split_present
 
 
@@ -108,12 +109,28 @@ class MultimodalUNet(nn.Module):
 
     def forward(self, x: Tensor) -> NetworkOutput | Tensor:
         """Image and cascade channels (B, input_channels, *D) -> see the class."""
+        x, foreground = self.split_foreground(x)
         output = self.backbone(*self.split(x))
-        distribution = self.head(output.features, output.bottleneck)
         if not (self.training or self.deep_supervision):
-            return distribution.mean
+            return self.head.mean_logits(output.features, output.bottleneck)
+        distribution = self.head(output.features, output.bottleneck, foreground)
         coarse = self.head.coarse_logits(output.features) if self.deep_supervision else ()
         return NetworkOutput(distribution, coarse, output.auxiliary_losses)
+
+    def distribution(self, x: Tensor) -> LogitDistribution:
+        """The head's whole distribution at full resolution, for images and cascade channels as in ``forward``."""
+        output = self.backbone(*self.split(x))
+        return self.head(output.features, output.bottleneck)
+
+    def split_foreground(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Input (B, input_channels, *D), and nnU-Net's non-zero mask (B, 1, *D) bool or None.
+
+        In training :mod:`nnunet_multimodal.transforms` puts the mask between image and cascade channels.
+        """
+        if x.shape[1] == self.num_input_channels:
+            return x, None
+        image, foreground, cascade = x.tensor_split((self.num_image_channels, self.num_image_channels + 1), 1)
+        return torch.cat((image, cascade), 1), foreground > 0
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input (B, input_channels, *D) -> modalities (B, M, G, *D), cascade (B, K, *D), present (B, M)."""
@@ -129,9 +146,9 @@ class MultimodalUNet(nn.Module):
         coarse = self.backbone.modality_uncertainty(*self.split(x))
         return F.interpolate(coarse, x.shape[2:], mode="bilinear" if x.ndim == 4 else "trilinear", align_corners=False)
 
-    def build_loss(self, segmentation_loss: SegmentationLoss) -> Callable[[LogitDistribution, Tensor], Tensor]:
+    def build_loss(self, segmentation_loss: SegmentationLoss, label_manager: LabelManager) -> DistributionLoss:
         """The head's loss at full resolution, from nnU-Net's."""
-        return self.head.build_loss(segmentation_loss)
+        return self.head.build_loss(segmentation_loss, label_manager)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Feature map elements of one sample; nnU-Net's planner compares it with its reference networks'."""

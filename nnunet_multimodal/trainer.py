@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -12,9 +13,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_multimodal.backbones import BACKBONES
+from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.losses import Objective
 from nnunet_multimodal.network import MultimodalUNet, unwrap
 from nnunet_multimodal.planning import network_kwargs
+from nnunet_multimodal.transforms import keep_foreground
 
 
 class GroupPolyLRScheduler(PolyLRScheduler):
@@ -74,12 +77,29 @@ class MultimodalTrainer(nnUNetTrainer):
             split_group(optimizer, dict(group))
         return optimizer, GroupPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
+    @classmethod
+    def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
+        """nnU-Net's, with its non-zero mask kept for a head that wants it."""
+        transforms = super().get_training_transforms(*args, **kwargs)
+        return keep_foreground(transforms) if HEADS[cls.head].NEEDS_FOREGROUND else transforms
+
+    @classmethod
+    def get_validation_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
+        """nnU-Net's, with its non-zero mask kept for a head that wants it."""
+        transforms = super().get_validation_transforms(*args, **kwargs)
+        return keep_foreground(transforms) if HEADS[cls.head].NEEDS_FOREGROUND else transforms
+
+    def on_epoch_start(self) -> None:
+        """nnU-Net's, and the loss is told how far the training is."""
+        super().on_epoch_start()
+        self.loss.progress = (self.current_epoch + 1) / self.num_epochs
+
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
         weights = None
         if self.enable_deep_supervision:
             loss, weights = loss.loss, loss.weight_factors
-        return Objective(unwrap(self.network).build_loss(loss), loss, weights)
+        return Objective(unwrap(self.network).build_loss(loss, self.label_manager), loss, weights)
 
 
 def split_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:

@@ -2,7 +2,10 @@
 
 from nnunet_multimodal.heads.base import Head
 from nnunet_multimodal.heads.deterministic import DeterministicHead
+from nnunet_multimodal.heads.ssn import SSNDiagonalHead, SSNHead
 
 HEADS: dict[str, type[Head]] = {
     "deterministic": DeterministicHead,
+    "ssn": SSNHead,
+    "ssn_diagonal": SSNDiagonalHead,
 }

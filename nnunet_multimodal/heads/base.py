@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
 SegmentationLoss = Callable[[Tensor, Tensor], Tensor]
+# (distribution, target, progress): how much of the training will be done after this epoch, 0 to 1
+DistributionLoss = Callable[[Any, Tensor, float], Tensor]
 
 
 class LogitDistribution(Protocol):
@@ -28,9 +31,23 @@ class Head(nn.Module, ABC):
     The constructor takes ``(topology, num_classes, **options)``.
     """
 
+    NEEDS_FOREGROUND: ClassVar[bool] = False  # in training, nnU-Net's non-zero mask
+
     @abstractmethod
-    def forward(self, features: Sequence[Tensor], bottleneck: Tensor) -> LogitDistribution:
-        """The distribution at full resolution, from decoder features (finest first) and the deepest features."""
+    def forward(
+        self, features: Sequence[Tensor], bottleneck: Tensor, foreground: Tensor | None = None
+    ) -> LogitDistribution:
+        """The distribution at full resolution.
+
+        Args:
+            features: decoder features, finest first.
+            bottleneck: the deepest features.
+            foreground: nnU-Net's non-zero mask (B, 1, *D) bool, where it is known.
+        """
+
+    @abstractmethod
+    def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor) -> Tensor:
+        """The mean alone (B, C, *D), for nnU-Net's predictor."""
 
     @abstractmethod
     def coarse_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -41,8 +58,8 @@ class Head(nn.Module, ABC):
         """The parameters that ``coarse_logits`` alone uses."""
 
     @abstractmethod
-    def build_loss(self, segmentation_loss: SegmentationLoss) -> Callable[[Any, Tensor], Tensor]:
-        """The loss ``(distribution, target)`` at full resolution, from nnU-Net's loss ``(logits, target)``."""
+    def build_loss(self, segmentation_loss: SegmentationLoss, label_manager: LabelManager) -> DistributionLoss:
+        """The loss at full resolution, from nnU-Net's loss ``(logits, target)`` and its knowledge of the labels."""
 
     @abstractmethod
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:

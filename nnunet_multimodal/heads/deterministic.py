@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
 from nnunet_multimodal.backbones.base import UNetTopology
-from nnunet_multimodal.heads.base import Head, SegmentationLoss
+from nnunet_multimodal.heads.base import DistributionLoss, Head, LogitDistribution, SegmentationLoss
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,15 @@ class DeterministicHead(Head):
             topology.conv_op(f, num_classes, 1, bias=True) for f in topology.features_per_stage[:-1]
         )
 
-    def forward(self, features: Sequence[Tensor], bottleneck: Tensor) -> DeterministicLogits:
+    def forward(
+        self, features: Sequence[Tensor], bottleneck: Tensor, foreground: Tensor | None = None
+    ) -> LogitDistribution:
         """See ``nnunet_multimodal.heads.base``."""
-        return DeterministicLogits(self.seg_layers[0](features[0]))
+        return DeterministicLogits(self.mean_logits(features, bottleneck))
+
+    def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor) -> Tensor:
+        """The finest layer's logits."""
+        return self.seg_layers[0](features[0])
 
     def coarse_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Logits of every coarser stage, finest first."""
@@ -47,9 +54,9 @@ class DeterministicHead(Head):
         """Parameters of the coarser layers."""
         return self.seg_layers[1:].parameters()
 
-    def build_loss(self, segmentation_loss: SegmentationLoss) -> Callable[[DeterministicLogits, Tensor], Tensor]:
+    def build_loss(self, segmentation_loss: SegmentationLoss, label_manager: LabelManager) -> DistributionLoss:
         """nnU-Net's loss of the mean."""
-        return lambda distribution, target: segmentation_loss(distribution.mean, target)
+        return lambda distribution, target, progress: segmentation_loss(distribution.mean, target)
 
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
         """Feature map elements of one sample, nnU-Net's measure of memory."""

@@ -11,7 +11,7 @@ def squared(logits, target):
 
 
 def objective(weights):
-    return Objective(lambda distribution, target: 2 * squared(distribution.mean, target), squared, weights)
+    return Objective(lambda distribution, target, progress: 2 * squared(distribution.mean, target), squared, weights)
 
 
 def output(*values, **auxiliary):

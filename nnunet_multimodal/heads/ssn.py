@@ -1,0 +1,370 @@
+"""Stochastic segmentation networks: a low-rank Gaussian over whole logit maps (Monteiro et al., NeurIPS 2020).
+
+Three 1x1 convolutions of the last decoder features give the mean, the covariance factor P and the log diagonal of
+Sigma = P P^T + D over all voxels and classes together (Eq. 5). The loss is the Monte-Carlo estimate of the negative
+log-likelihood of the label map (Eq. 6, 7).
+
+Deviations from the paper, and why:
+
+- The loss is divided by the number of (not ignored) voxels: nnU-Net's learning rate and gradient clipping are made for
+  losses of the order of one, and Eq. 7 is a sum over up to a million voxels.
+- P is divided by sqrt(rank), so that the variance at the start does not depend on the rank.
+- Samples come in antithetic pairs (noise and its negative), as in the authors' code: less variance for the same work.
+- Training starts with the mean alone (nnU-Net's own loss of it) for ``warm_up`` of the epochs. The paper does so for
+  its toy problem, where the covariance otherwise outruns the mean (5.1).
+- P and D are zero (D: ``EPSILON``) outside nnU-Net's non-zero mask, where the label is certain and the covariance would
+  grow for ever; the paper masks the background of brain scans for the same reason (5.1).
+- A sample is mean + P eps + sqrt(D) eps'. Sigma is never factorised, so there is nothing that can fail on it and no
+  fallback; the authors' code falls back on the diagonal when torch's LowRankMultivariateNormal cannot factorise it.
+- The log diagonal is cut off at ``MAX_LOG_DIAGONAL``, beyond which its exponential would overflow float32 in the end.
+- Region-based training: the log-probability of a label map is a sum of Bernoulli instead of categorical terms.
+- Everything after the 1x1 convolutions is float32, whatever autocast says. The convolutions follow autocast like
+  nnU-Net's own last layers; P stays in their type and is converted a piece at a time, because it is by far the largest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunet_multimodal.backbones.base import UNetTopology, full_precision
+from nnunet_multimodal.heads.base import DistributionLoss, SegmentationLoss
+from nnunet_multimodal.heads.deterministic import DeterministicHead
+
+EPSILON = 1e-5  # paper: added to the diagonal
+MAX_LOG_DIAGONAL = 20.0
+# voxels whose samples are worked on at once: what fits a core's cache, or keeps a GPU busy
+CHUNK = {"cpu": 2**12, "cuda": 2**17}
+
+
+@dataclass(frozen=True)
+class LowRankGaussianLogits:
+    """N(loc, P P^T + D) over all classes and voxels of a logit map together (Eq. 5).
+
+    Attributes:
+        loc: (B, C, *D).
+        cov_factor: P, (B, R, C, *D), R the rank; R = 0 is the diagonal model.
+        cov_diag: the diagonal of D, (B, C, *D), > 0.
+    """
+
+    loc: Tensor
+    cov_factor: Tensor
+    cov_diag: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The most likely logit map (B, C, *D)."""
+        return self.loc
+
+    def rsample(self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
+        """Differentiable samples (*sample_shape, B, C, *D), in antithetic pairs (the second half mirrors the first)."""
+        count = math.prod(sample_shape)
+        batch, rank = self.cov_factor.shape[:2]
+        shape, pairs = self.loc.shape, -(-count // 2)
+        weights = self.loc.new_empty(batch, pairs, rank).normal_(generator=generator)
+        noise = self.loc.new_empty(pairs, *shape).normal_(generator=generator)
+        low_rank = weights @ self.cov_factor.to(self.loc.dtype).flatten(2)  # (B, pairs, C *D)
+        deviation = low_rank.transpose(0, 1).view(pairs, *shape) + noise * self.cov_diag.sqrt()
+        samples = self.loc + torch.cat((deviation, -deviation[: count - pairs]))
+        return samples.view(*sample_shape, *shape)
+
+    def scaled(self, temperature: float = 1.0, class_scale: Tensor | None = None) -> LowRankGaussianLogits:
+        """The distribution with other deviations from the same mean (paper, Fig. 6).
+
+        Args:
+            temperature: factor on Sigma^(1/2).
+            class_scale: (C,), factor on each class's part of it; negative ones mirror that part at the mean.
+        """
+        scale = torch.full((self.loc.shape[1],), temperature, dtype=self.loc.dtype, device=self.loc.device)
+        if class_scale is not None:
+            scale = scale * class_scale.to(scale)
+        scale = scale.view(-1, *(1,) * (self.loc.ndim - 2))
+        return replace(self, cov_factor=self.cov_factor * scale.to(self.cov_factor), cov_diag=self.cov_diag * scale**2)
+
+    def log_likelihood(
+        self,
+        target: Tensor,
+        num_samples: int = 20,
+        regions: bool = False,
+        valid: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Log-likelihood of label maps, estimated from samples (Eq. 6); needs next to no memory beyond its gradients.
+
+        The samples' voxels are worked on in chunks and never held together. For the gradient, those samples are drawn
+        again that have any weight in the estimate: over a whole map, very few.
+
+        Args:
+            target: (B, C, *D), 1 or True where a voxel is of that class (or in that region); may be soft.
+            num_samples: M, even: antithetic pairs.
+            regions: Bernoulli probabilities of overlapping regions instead of categorical ones.
+            valid: (B, 1, *D) bool, the voxels that count; all if not given.
+            generator: on the CPU, whatever the device: it seeds the generators of the chunks.
+            chunk: voxels that are worked on at once.
+
+        Returns:
+            (B,) nats, summed over voxels.
+
+        Raises:
+            ValueError: ``num_samples`` is odd or not positive, or the shapes differ.
+        """
+        if num_samples < 2 or num_samples % 2:
+            raise ValueError(f"num_samples is {num_samples}; samples come in antithetic pairs, use an even number >= 2")
+        if target.shape != self.loc.shape:
+            raise ValueError(f"target has shape {tuple(target.shape)} and the logits {tuple(self.loc.shape)}")
+        log_likelihoods = _SampleLogLikelihood.apply(
+            self.loc.flatten(2),
+            self.cov_factor.flatten(3),
+            self.cov_diag.sqrt().flatten(2),
+            target.flatten(2),
+            None if valid is None else valid.flatten(2),
+            _Draw(num_samples // 2, int(torch.randint(2**62, (), generator=generator)), self.loc.device),
+            regions,
+            chunk or CHUNK.get(self.loc.device.type, CHUNK["cpu"]),
+        )
+        return log_likelihoods.logsumexp(0) - math.log(num_samples)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Standard normal noise that can be drawn again, piece by piece, for any of the antithetic pairs."""
+
+    pairs: int
+    seed: int
+    device: torch.device
+
+    def weights(self, batch: int, rank: int, dtype: torch.dtype) -> Tensor:
+        """Noise of the factor (B, pairs, rank)."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        return torch.randn(batch, self.pairs, rank, generator=generator, device=self.device, dtype=dtype)
+
+    def voxels(self, position: int, pairs: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Noise of the diagonal (len(pairs), *shape) for a chunk, by its position in the batch."""
+        noise = torch.empty(len(pairs), *shape, device=self.device, dtype=dtype)
+        generator = torch.Generator(self.device)
+        for piece, pair in zip(noise, pairs, strict=True):
+            piece.normal_(generator=generator.manual_seed(self.seed + 1 + position * self.pairs + pair))
+        return noise
+
+
+class _SampleLogLikelihood(torch.autograd.Function):
+    """log p(y | eta^(m)) of every sample: (M, B), the second half of M antithetic to the first.
+
+    With y the indicator of the labels, log p(y | eta) = <y, eta> - A(eta) and its gradient is y - A'(eta), where A is
+    logsumexp over the classes or, for regions, the sum of softplus. Sums over chunks are in float64: the log-likelihood
+    of a whole map reaches a million nats, and differences of one nat decide which samples count.
+    """
+
+    @staticmethod
+    def forward(ctx, loc, factor, scale, target, valid, draw, regions, chunk):
+        ctx.save_for_backward(loc, factor, scale, target, valid)
+        ctx.draw, ctx.regions, ctx.chunk = draw, regions, chunk
+        exact = torch.float32 if loc.device.type == "mps" else torch.float64
+        result = torch.zeros(2, draw.pairs, len(loc), dtype=exact, device=loc.device)
+        weights = draw.weights(len(loc), factor.shape[1], loc.dtype)
+        for piece in _pieces(loc, factor, scale, target, valid, chunk):
+            deviation, _ = piece.deviation(draw, weights, range(draw.pairs))
+            linear = deviation.flatten(1) @ piece.target.flatten()
+            constant = (piece.target * piece.loc).sum()
+            for half, sign in enumerate((1, -1)):
+                partition = _log_partition(piece.loc + sign * deviation, regions)
+                if piece.valid is not None:
+                    partition *= piece.valid
+                result[half, :, piece.sample] += constant + sign * linear - partition.flatten(1).sum(1)
+        return result.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        loc, factor, scale, target, valid = ctx.saved_tensors
+        draw = ctx.draw
+        weights = draw.weights(len(loc), factor.shape[1], loc.dtype)
+        gradient = gradient.view(2, draw.pairs, len(loc)).to(loc.dtype)
+        pairs = _pairs_that_count(gradient)
+        d_loc, d_factor, d_scale = torch.empty_like(loc), torch.empty_like(factor), torch.empty_like(scale)
+        for piece in _pieces(loc, factor, scale, target, valid, ctx.chunk):
+            own = pairs[piece.sample]
+            deviation, noise = piece.deviation(draw, weights, own)
+            d_logits = []
+            for half, sign in enumerate((1, -1)):
+                probability = _probabilities(piece.loc + sign * deviation, ctx.regions)
+                if piece.valid is not None:
+                    probability *= piece.valid
+                outer = gradient[half, own, piece.sample].view(-1, 1, 1)
+                d_logits.append(probability.sub_(piece.target).mul_(-outer))
+            d_deviation = d_logits[0] - d_logits[1]
+            at = piece.sample, slice(None), piece.voxels
+            d_loc[at] = (d_logits[0] + d_logits[1]).sum(0)
+            d_scale[at] = (noise * d_deviation).sum(0)
+            d_own = weights[piece.sample, own].T @ d_deviation.flatten(1)  # (R, C n)
+            d_factor[piece.sample, ..., piece.voxels] = d_own.view(factor.shape[1], *piece.loc.shape)
+        return d_loc, d_factor, d_scale, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some voxels of one sample of the batch, in full precision."""
+
+    sample: int
+    position: int
+    voxels: slice
+    loc: Tensor  # (C, n)
+    factor: Tensor  # (R, C, n)
+    scale: Tensor  # (C, n)
+    target: Tensor  # (C, n), zero where not valid
+    valid: Tensor | None  # (1, n)
+
+    def deviation(self, draw: _Draw, weights: Tensor, pairs: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """P eps + sqrt(D) eps' of the pairs (len(pairs), C, n), and eps'."""
+        noise = draw.voxels(self.position, pairs, self.loc.shape, self.loc.dtype)
+        low_rank = weights[self.sample, list(pairs)] @ self.factor.flatten(1)
+        return torch.addcmul(low_rank.view(noise.shape), noise, self.scale), noise
+
+
+def _pieces(
+    loc: Tensor, factor: Tensor, scale: Tensor, target: Tensor, valid: Tensor | None, chunk: int
+) -> Iterator[_Piece]:
+    dtype = loc.dtype
+    for position, (sample, start) in enumerate(itertools.product(range(len(loc)), range(0, loc.shape[2], chunk))):
+        voxels = slice(start, start + chunk)
+        keep = None if valid is None else valid[sample, :, voxels].to(dtype)
+        y = target[sample, :, voxels].to(dtype)
+        yield _Piece(
+            sample,
+            position,
+            voxels,
+            loc[sample, :, voxels],
+            factor[sample, :, :, voxels].to(dtype),
+            scale[sample, :, voxels],
+            y if keep is None else y * keep,
+            keep,
+        )
+
+
+def _log_partition(logits: Tensor, regions: bool) -> Tensor:
+    """A(eta) of logits (S, C, n): (S, 1 or C, n)."""
+    return F.softplus(logits) if regions else logits.logsumexp(1, keepdim=True)
+
+
+def _probabilities(logits: Tensor, regions: bool) -> Tensor:
+    """A'(eta) of logits (S, C, n)."""
+    return logits.sigmoid() if regions else logits.softmax(1)
+
+
+def _pairs_that_count(gradient: Tensor) -> list[list[int]]:
+    """The pairs whose share of the gradient (2, pairs, B) is above its rounding error, for each sample of the batch.
+
+    A sample's share is its likelihood's. Over the many voxels of a map nearly all shares are zero beside the largest.
+    """
+    shares = gradient.abs().amax(0)  # (pairs, B)
+    threshold = shares.amax(0) * torch.finfo(gradient.dtype).eps / (2 * len(shares))
+    return [[pair for pair, counts in enumerate(column) if counts] for column in (shares > threshold).T.tolist()]
+
+
+class SSNHead(DeterministicHead):
+    """Mean, covariance factor and diagonal; the mean's layers are nnU-Net's segmentation layers.
+
+    Args:
+        topology: the network's.
+        num_classes: C.
+        rank: R of the covariance factor; 0 leaves the diagonal alone.
+        num_samples: M of the training loss, even.
+        warm_up: part of the training's epochs in which the mean is trained alone, 0 to 1.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    NEEDS_FOREGROUND = True
+
+    def __init__(
+        self,
+        topology: UNetTopology,
+        num_classes: int,
+        rank: int = 10,
+        num_samples: int = 20,
+        warm_up: float = 0.1,
+    ) -> None:
+        super().__init__(topology, num_classes)
+        if rank < 0 or num_samples < 2 or num_samples % 2 or not 0 <= warm_up <= 1:
+            raise ValueError(
+                f"rank {rank}, num_samples {num_samples}, warm_up {warm_up} for the SSN head: the rank must be >= 0, "
+                "the number of samples even, and the warm-up between 0 and 1; correct them in the plans file"
+            )
+        self.rank, self.num_samples, self.warm_up = rank, num_samples, warm_up
+        features = topology.features_per_stage[0]
+        self.log_diagonal_layer = topology.conv_op(features, num_classes, 1, bias=True)
+        self.factor_layer = topology.conv_op(features, rank * num_classes, 1, bias=True) if rank else None
+
+    def forward(
+        self, features: Sequence[Tensor], bottleneck: Tensor, foreground: Tensor | None = None
+    ) -> LowRankGaussianLogits:
+        """See ``nnunet_multimodal.heads.base``."""
+        finest = features[0]
+        loc, log_diagonal = self.seg_layers[0](finest), self.log_diagonal_layer(finest)
+        if self.factor_layer is None:
+            factor = loc.new_zeros(len(loc), 0, *loc.shape[1:])
+        else:
+            factor = self.factor_layer(finest).unflatten(1, (self.rank, self.num_classes)) / math.sqrt(self.rank)
+        with full_precision(loc.device):
+            diagonal = log_diagonal.float().clamp(max=MAX_LOG_DIAGONAL).exp()
+            if foreground is not None:
+                diagonal = diagonal * foreground
+                factor = factor * foreground[:, None].to(factor.dtype)
+            return LowRankGaussianLogits(loc.float(), factor, diagonal + EPSILON)
+
+    def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor) -> Tensor:
+        """The mean alone, which is all that nnU-Net's predictor needs."""
+        return self.seg_layers[0](features[0])
+
+    def build_loss(self, segmentation_loss: SegmentationLoss, label_manager: LabelManager) -> DistributionLoss:
+        """Negative log-likelihood per voxel (Eq. 7), mean over the batch; in the warm-up nnU-Net's loss of the mean."""
+
+        def loss(distribution: LowRankGaussianLogits, target: Tensor, progress: float) -> Tensor:
+            if progress <= self.warm_up:
+                # DistributedDataParallel stops on a parameter without a gradient
+                unused = distribution.cov_factor.sum() + distribution.cov_diag.sum()
+                return segmentation_loss(distribution.mean, target) + 0 * unused
+            return self.negative_log_likelihood(distribution, target, label_manager)
+
+        return loss
+
+    def negative_log_likelihood(
+        self, distribution: LowRankGaussianLogits, target: Tensor, label_manager: LabelManager
+    ) -> Tensor:
+        """Nats per voxel of nnU-Net's target (B, 1, *D), or for regions (B, C, *D) and the ignored voxels."""
+        with full_precision(target.device):
+            indicator, valid = encode_target(target, self.num_classes, label_manager)
+            nats = distribution.log_likelihood(indicator, self.num_samples, label_manager.has_regions, valid)
+            voxels = target[0, 0].numel() if valid is None else valid.flatten(1).sum(1).clamp(min=1)
+            return -(nats / voxels).mean().float()
+
+    def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
+        """Feature map elements of one sample, nnU-Net's measure of memory."""
+        covariance = (self.rank + 1) * self.num_classes * np.prod(patch_size, dtype=np.int64)
+        return super().compute_conv_feature_map_size(patch_size, deep_supervision) + covariance
+
+
+class SSNDiagonalHead(SSNHead):
+    """Independent voxels, the paper's baseline: the same head with a covariance factor of rank 0."""
+
+    def __init__(self, topology: UNetTopology, num_classes: int, **options: Any) -> None:
+        super().__init__(topology, num_classes, rank=0, **options)
+
+
+def encode_target(target: Tensor, num_classes: int, label_manager: LabelManager) -> tuple[Tensor, Tensor | None]:
+    """nnU-Net's target as indicator of classes or regions (B, C, *D), and the voxels that count (B, 1, *D) or None."""
+    if label_manager.has_regions:
+        ignored = target[:, num_classes:].bool() if label_manager.has_ignore_label else None
+        return target[:, :num_classes], None if ignored is None else ~ignored
+    classes = torch.arange(num_classes, device=target.device).view(1, -1, *(1,) * (target.ndim - 2))
+    return target == classes, target != label_manager.ignore_label if label_manager.has_ignore_label else None
