@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
@@ -25,6 +26,21 @@ class LogitDistribution(Protocol):
         """Differentiable samples: (*sample_shape, B, C, *D)."""
 
 
+class BlendableLogits(LogitDistribution, Protocol):
+    """A distribution that a sliding window can put together from tiles, for samples of whole images."""
+
+    def blendable(self) -> Tensor:
+        """(B, K, *D), the mean first: parameters in which every sample is linear, so that a sample of blended
+        parameters is the same as blended samples of tiles with the same noise.
+        """
+
+    def scaled(self, temperature: float = 1.0, class_scale: Tensor | None = None) -> BlendableLogits:
+        """The distribution with all deviations from its mean, or those of a class, multiplied."""
+
+    def draw(self, num_samples: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Samples (C, *D) of a single image, one at a time, in memory that does not depend on their number."""
+
+
 class Head(nn.Module, ABC):
     """From decoder features to a distribution over logit maps.
 
@@ -32,6 +48,7 @@ class Head(nn.Module, ABC):
     """
 
     NEEDS_FOREGROUND: ClassVar[bool] = False  # in training, nnU-Net's non-zero mask
+    STOCHASTIC: ClassVar[bool] = False  # its distributions are BlendableLogits
 
     @abstractmethod
     def forward(
@@ -48,6 +65,23 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor) -> Tensor:
         """The mean alone (B, C, *D), for nnU-Net's predictor."""
+
+    def blended(self, parameters: Tensor, foreground: Tensor) -> BlendableLogits:
+        """The distribution over a whole image, for heads that are ``STOCHASTIC``.
+
+        Args:
+            parameters: ``BlendableLogits.blendable`` of its tiles, blended: (K, *D), overwritten.
+            foreground: nnU-Net's non-zero mask (1, *D) bool.
+
+        Raises:
+            ValueError: the head is deterministic.
+        """
+        raise ValueError(f"{type(self).__name__} is deterministic and has no distribution to blend")
+
+    @property
+    def num_blended(self) -> int:
+        """K, how many parameters a voxel has; 0 for a deterministic head."""
+        return 0
 
     @abstractmethod
     def coarse_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -44,6 +44,7 @@ EPSILON = 1e-5  # paper: added to the diagonal
 MAX_LOG_DIAGONAL = 20.0
 # voxels whose samples are worked on at once: what fits a core's cache, or keeps a GPU busy
 CHUNK = {"cpu": 2**12, "cuda": 2**17}
+GROUP, DRAW_CHUNK = 4, 2**16  # samples and voxels of a whole image
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,32 @@ class LowRankGaussianLogits:
             scale = scale * class_scale.to(scale)
         scale = scale.view(-1, *(1,) * (self.loc.ndim - 2))
         return replace(self, cov_factor=self.cov_factor * scale.to(self.cov_factor), cov_diag=self.cov_diag * scale**2)
+
+    def blendable(self) -> Tensor:
+        """Mean, factor and sqrt(D), in which samples are linear: (B, C (R + 2), *D) (paper, 5.3)."""
+        return torch.cat((self.loc, self.cov_factor.to(self.loc.dtype).flatten(1, 2), self.cov_diag.sqrt()), 1)
+
+    def draw(self, num_samples: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Independent samples (C, *D) of a single image, float32, one at a time.
+
+        Held at once are ``GROUP`` samples, because converting P costs more than multiplying it.
+
+        Args:
+            num_samples: how many.
+            generator: on the CPU or on the device that does the work, to which the parameters come in pieces.
+        """
+        device, loc = generator.device, self.loc[0].flatten(1)
+        factor, scale = self.cov_factor[0].flatten(2), self.cov_diag[0].flatten(1)
+        weights = torch.randn(num_samples, len(factor), generator=generator, device=device)
+        for group in weights.split(GROUP):
+            samples = torch.empty(len(group), *loc.shape, device=loc.device)
+            for start in range(0, loc.shape[1], DRAW_CHUNK):
+                at = slice(start, start + DRAW_CHUNK)
+                mean, spread = (x[:, at].to(device, torch.float32) for x in (loc, scale))
+                noise = torch.empty(len(group), *mean.shape, device=device).normal_(generator=generator)
+                low_rank = group @ factor[..., at].to(device, torch.float32).flatten(1)
+                samples[..., at] = low_rank.view(noise.shape).add_(mean).addcmul_(noise, spread.sqrt()).to(loc.device)
+            yield from samples.view(-1, *self.loc.shape[1:])
 
     def log_likelihood(
         self,
@@ -285,6 +312,7 @@ class SSNHead(DeterministicHead):
     """
 
     NEEDS_FOREGROUND = True
+    STOCHASTIC = True
 
     def __init__(
         self,
@@ -325,6 +353,20 @@ class SSNHead(DeterministicHead):
     def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor) -> Tensor:
         """The mean alone, which is all that nnU-Net's predictor needs."""
         return self.seg_layers[0](features[0])
+
+    @property
+    def num_blended(self) -> int:
+        """C (R + 2)."""
+        return self.num_classes * (self.rank + 2)
+
+    def blended(self, parameters: Tensor, foreground: Tensor) -> LowRankGaussianLogits:
+        """The distribution over a whole image; nothing varies outside nnU-Net's non-zero mask."""
+        loc, factor, scale = parameters[None].split(
+            (self.num_classes, self.rank * self.num_classes, self.num_classes), 1
+        )
+        factor *= foreground
+        factor = factor.unflatten(1, (self.rank, self.num_classes))
+        return LowRankGaussianLogits(loc, factor, (scale.float() * foreground).square_())
 
     def build_loss(self, segmentation_loss: SegmentationLoss, label_manager: LabelManager) -> DistributionLoss:
         """Negative log-likelihood per voxel (Eq. 7), mean over the batch; in the warm-up nnU-Net's loss of the mean."""

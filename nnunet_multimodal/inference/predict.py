@@ -1,0 +1,271 @@
+"""Predict a folder with samples, uncertainty maps and intervals, from one forward pass per tile.
+
+Takes nnUNetv2_predict's flags and writes its files, so that its other commands work on the folder: CASE.nii.gz is the
+mean prediction. Beside it:
+
+  CASE.json                            volume, lesion count and presence of every label, with intervals over the samples
+  uncertainty/CASE_entropy.nii.gz      total uncertainty, in nats         (--maps; all three if not given)
+  uncertainty/CASE_expected_entropy.nii.gz, CASE_mutual_information.nii.gz
+  samples/CASE__000.nii.gz, ...        label maps of the samples          (--save-samples)
+  distribution/CASE.npz                what the samples are drawn from    (--save-distribution)
+
+Models with the SSN head are sampled; all other models, nnU-Net's own included, have their folds and mirrors as samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+    export_prediction_from_logits,
+)
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
+from tqdm import tqdm
+
+from nnunet_multimodal.inference.base import Case, Preprocessed, add_model_arguments, model_folder, write_map
+from nnunet_multimodal.inference.maps import MAPS, RunningMaps
+from nnunet_multimodal.inference.quantities import RunningQuantities
+from nnunet_multimodal.inference.sampling import ImageDistribution, SamplePredictor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """nnUNetv2_predict's flags, and those of sampling."""
+    add_model_arguments(parser, "SSNTrainer")
+    parser.add_argument("--disable_tta", action="store_true", help="no mirroring")
+    parser.add_argument("--save_probabilities", action="store_true", help="probabilities of the mean, to ensemble")
+    parser.add_argument("--continue_prediction", action="store_true", help="leave out cases that are predicted")
+    parser.add_argument("--disable_progress_bar", action="store_true", help="for logs")
+    parser.add_argument("--not_on_device", action="store_true", help="keep the blended image off the GPU")
+    parser.add_argument("-npp", type=int, default=1, help="cases to preprocess ahead, 0: none (default: 1)")
+    parser.add_argument("-num_parts", type=int, default=1, help="calls that share the folder (default: 1)")
+    parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0 (default: 0)")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--samples", type=int, default=20, metavar="S", help="how many (default: 20)")
+    group.add_argument("--seed", type=int, default=0, help="the same seed gives a case the same samples (default: 0)")
+    group.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="factor on the samples' deviations (default: 1)"
+    )
+    group.add_argument(
+        "--class-scale",
+        nargs="+",
+        default=[],
+        metavar="NAME=FACTOR",
+        help="factors on the deviations of labels or regions, such as tumour=2; negative ones mirror at the mean",
+    )
+    group.add_argument("--maps", nargs="*", default=list(MAPS), choices=MAPS, help="which maps (default: all)")
+    group.add_argument("--save-samples", action="store_true", help="label maps of the samples")
+    group.add_argument("--save-distribution", action="store_true", help="on the network's grid, for use from Python")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict a folder; returns the exit status.
+
+    Raises:
+        ValueError: a flag out of its range, or a label that does not exist.
+    """
+    if args.samples < 1:
+        raise ValueError(f"--samples {args.samples}: at least one is needed; nnUNetv2_predict predicts without any")
+    if not 0 <= args.part_id < args.num_parts:
+        raise ValueError(f"-part_id {args.part_id} must be at least 0 and less than -num_parts {args.num_parts}")
+    device = torch.device(args.device)
+    predictor = SamplePredictor.from_model(
+        model_folder(args),
+        args.f,
+        device,
+        args.chk,
+        args.step_size,
+        use_mirroring=not args.disable_tta,
+        on_device=not args.not_on_device,
+        progress_bar=not args.disable_progress_bar,
+    )
+    output = Path(args.o)
+    writer = CaseWriter(predictor, args, output)
+    cases = predictor.cases(args.i, args.prev_stage_predictions)[args.part_id :: args.num_parts]
+    if args.continue_prediction:
+        cases = [case for case in cases if not writer.summary_file(case).is_file()]
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in (("dataset", predictor.dataset_json), ("plans", predictor.plans_manager.plans)):
+        _write_json(content, output / f"{name}.json")  # nnU-Net's evaluation and postprocessing read them here
+    with tqdm(total=len(cases), desc="predict", unit="case", disable=args.disable_progress_bar) as progress:
+        for case, preprocessed in preprocess_ahead(predictor, cases, args.npp):
+            writer.write(case, preprocessed)
+            progress.update()
+    return 0
+
+
+def preprocess_ahead(predictor: SamplePredictor, cases: list[Case], ahead: int) -> Iterator[tuple[Case, Preprocessed]]:
+    """Cases with their preprocessed data, some of which are read while others are predicted."""
+    if ahead == 0:
+        yield from ((case, predictor.preprocess(case)) for case in cases)
+        return
+    with ThreadPoolExecutor(ahead) as pool:
+        try:
+            queued = [pool.submit(predictor.preprocess, case) for case in cases[: ahead + 1]]
+            for index, case in enumerate(cases):
+                preprocessed = queued.pop(0).result()
+                if index + ahead + 1 < len(cases):
+                    queued.append(pool.submit(predictor.preprocess, cases[index + ahead + 1]))
+                yield case, preprocessed
+                del preprocessed
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class CaseWriter:
+    """Everything that is written for a case. Its JSON comes last: where it is, all of the case is."""
+
+    predictor: SamplePredictor
+    args: argparse.Namespace
+    output: Path
+
+    def __post_init__(self) -> None:
+        self.class_scale()  # a label that does not exist is noticed before anything is predicted
+
+    @property
+    def labels(self) -> LabelManager:
+        """nnU-Net's knowledge of the labels."""
+        return self.predictor.plans_manager.get_label_manager(self.predictor.dataset_json)
+
+    @property
+    def ending(self) -> str:
+        """Of the label maps' files."""
+        return self.predictor.dataset_json["file_ending"]
+
+    def summary_file(self, case: Case) -> Path:
+        """CASE.json."""
+        return self.output / f"{case.name}.json"
+
+    def foreground_labels(self) -> dict[str, Any]:
+        """Names and values of all labels or regions but background and ignore label."""
+        labels = self.predictor.dataset_json["labels"]
+        return {name: value for name, value in labels.items() if name != "ignore" and value != 0 and value != [0]}
+
+    def class_scale(self) -> Tensor | None:
+        """Factors (C,) of ``--class-scale``, None without one.
+
+        Raises:
+            ValueError: not NAME=FACTOR, or no such label.
+        """
+        if not self.args.class_scale:
+            return None
+        labels = self.predictor.dataset_json["labels"]
+        if self.labels.has_regions:
+            names = list(self.foreground_labels())
+        else:
+            names = sorted((name for name in labels if name != "ignore"), key=lambda name: int(labels[name]))
+        factors = torch.ones(len(names))
+        for item in self.args.class_scale:
+            name, _, factor = item.partition("=")
+            try:
+                factors[names.index(name)] = float(factor)
+            except ValueError:
+                raise ValueError(
+                    f"--class-scale {item!r} is not NAME=FACTOR with a number and one of the names {', '.join(names)}"
+                ) from None
+        return factors
+
+    def write(self, case: Case, preprocessed: Preprocessed) -> None:
+        """Predict and write a case."""
+        for folder in self._folders():
+            (self.output / folder).mkdir(parents=True, exist_ok=True)
+        distribution = self.predictor.predict_distribution(preprocessed.data, preprocessed.foreground)
+        properties = preprocessed.properties
+        del preprocessed
+        if self.args.save_distribution:
+            self._write_distribution(case, distribution)
+        prediction = self._write_mean(case, distribution.mean, properties)
+        maps, quantities = RunningMaps(self.labels.has_regions), self._quantities(properties)
+        count = distribution.count(self.args.samples)
+        for index, logits in enumerate(self._samples(case, distribution)):
+            segmentation, probabilities = self._to_image(logits, properties)
+            if self.args.maps:
+                maps.add(torch.from_numpy(probabilities))
+            quantities.add(segmentation)
+            if self.args.save_samples:
+                self._write_labels(segmentation, self.output / "samples" / f"{case.name}__{index:03d}", properties)
+        for name in self.args.maps:
+            path = self.output / "uncertainty" / f"{case.name}_{name}.nii.gz"
+            write_map(maps.maps()[name].numpy(), case.images[0], path)
+        summary = {
+            "case": case.name,
+            "samples": count,
+            "sample_weights": None,
+            "seed": self.args.seed,
+            "temperature": self.args.temperature,
+            "class_scale": self.args.class_scale,
+            "drawn_from": "members (folds and mirrors)" if distribution.members else "distribution",
+            "trainer": self.predictor.trainer_name,
+            "labels": quantities.summary(prediction),
+        }
+        _write_json(summary, self.summary_file(case))
+
+    def _folders(self) -> list[str]:
+        wanted = {
+            "uncertainty": bool(self.args.maps),
+            "samples": self.args.save_samples,
+            "distribution": self.args.save_distribution,
+        }
+        return [folder for folder, needed in wanted.items() if needed]
+
+    def _samples(self, case: Case, distribution: ImageDistribution) -> Iterator[Tensor]:
+        seed = np.random.SeedSequence([self.args.seed, zlib.crc32(case.name.encode())]).generate_state(1, np.uint64)
+        generator = torch.Generator(self.predictor.device).manual_seed(int(seed[0] >> 1))
+        return distribution.draw(self.args.samples, generator, self.args.temperature, self.class_scale())
+
+    def _to_image(self, logits: Tensor, properties: dict) -> tuple[np.ndarray, np.ndarray]:
+        """Label map and probabilities on the image's own grid, resampled once."""
+        predictor = self.predictor
+        return convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits, predictor.plans_manager, predictor.configuration_manager, self.labels, properties, True,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _quantities(self, properties: dict) -> RunningQuantities:
+        natural = "NaturalImage" in self.predictor.plans_manager.plans["image_reader_writer"]  # has no spacing
+        voxel_ml = None if natural else prod(map(float, properties["spacing"])) / 1000
+        return RunningQuantities(self.foreground_labels(), voxel_ml)
+
+    def _write_mean(self, case: Case, mean: Tensor, properties: dict) -> np.ndarray:
+        """Write the mean prediction through nnU-Net's own export; returns its label map."""
+        predictor, beside = self.predictor, self.output / f".{case.name}"
+        export_prediction_from_logits(
+            mean, properties, predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json,
+            str(beside), self.args.save_probabilities, torch.get_num_threads(),
+        )  # fmt: skip
+        for ending in (".npz", ".pkl", self.ending):
+            if Path(f"{beside}{ending}").is_file():
+                Path(f"{beside}{ending}").replace(self.output / f"{case.name}{ending}")
+        reader = predictor.plans_manager.image_reader_writer_class()
+        return reader.read_seg(str(self.output / f"{case.name}{self.ending}"))[0][0].astype(np.int64)
+
+    def _write_labels(self, segmentation: np.ndarray, path: Path, properties: dict) -> None:
+        beside = path.with_name(f".{path.name}{self.ending}")
+        self.predictor.plans_manager.image_reader_writer_class().write_seg(segmentation, str(beside), properties)
+        beside.replace(f"{path}{self.ending}")
+
+    def _write_distribution(self, case: Case, distribution: ImageDistribution) -> None:
+        path = self.output / "distribution" / f"{case.name}.npz"
+        beside = path.with_name(f".{path.name}")
+        arrays = {f"fold_{i}": fold.blendable()[0].half().numpy() for i, fold in enumerate(distribution.folds)}
+        arrays |= {f"member_{i}": member.half().numpy() for i, member in enumerate(distribution.members)}
+        np.savez_compressed(beside, allow_pickle=False, mean=distribution.mean.numpy(), **arrays)
+        beside.replace(path)
+
+
+def _write_json(content: Any, path: Path) -> None:
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(path)

@@ -1,0 +1,77 @@
+"""What people want to know of a label map, with intervals over its samples: volumes, lesions, presence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cc3d
+import numpy as np
+
+PERCENTILES = (2.5, 50.0, 97.5)
+Label = int | Sequence[int]
+
+
+class RunningQuantities:
+    """Volume, lesion count and presence of every label, sample by sample.
+
+    Args:
+        labels: names and values; a region has several.
+        voxel_ml: volume of a voxel in millilitres; None if the images have no physical size.
+    """
+
+    def __init__(self, labels: Mapping[str, Label], voxel_ml: float | None) -> None:
+        self.labels, self.voxel_ml = labels, voxel_ml
+        self.voxels: dict[str, list[int]] = {name: [] for name in labels}
+        self.lesions: dict[str, list[int]] = {name: [] for name in labels}
+
+    def add(self, segmentation: np.ndarray) -> None:
+        """Count a sample's label map (2D or 3D) in."""
+        for name, (voxels, lesions) in measure(segmentation, self.labels).items():
+            self.voxels[name].append(voxels)
+            self.lesions[name].append(lesions)
+
+    def summary(self, prediction: np.ndarray) -> dict[str, dict[str, Any]]:
+        """For every label: volume and lesion count of the prediction and over the samples, and presence.
+
+        Args:
+            prediction: label map of the mean prediction.
+
+        Returns:
+            By label ``voxels``, ``volume_ml`` (None without a physical size) and ``lesion_count``, each with the keys
+            of :func:`distribution_of`, and ``probability_present``, the fraction of samples that have the label.
+        """
+        own = measure(prediction, self.labels)
+        result = {}
+        for name in self.labels:
+            voxels = distribution_of(own[name][0], self.voxels[name])
+            result[name] = {
+                "volume_ml": None if self.voxel_ml is None else {k: v * self.voxel_ml for k, v in voxels.items()},
+                "voxels": voxels,
+                "lesion_count": distribution_of(own[name][1], self.lesions[name]),
+                "probability_present": float(np.mean(np.array(self.voxels[name]) > 0)),
+            }
+        return result
+
+
+def measure(segmentation: np.ndarray, labels: Mapping[str, Label]) -> dict[str, tuple[int, int]]:
+    """Voxels and lesions (components, neighbours by face, edge or corner) of every label in a label map."""
+    present = np.flatnonzero(np.bincount(segmentation.ravel())[1:]) + 1
+    box = tuple(slice(axis.min(), axis.max() + 1) for axis in np.nonzero(segmentation)) if len(present) else ()
+    result = {}
+    for name, values in labels.items():
+        mask = np.isin(segmentation[box], values)
+        voxels = int(np.count_nonzero(mask))
+        result[name] = voxels, int(cc3d.connected_components(np.atleast_3d(mask), return_N=True)[1]) if voxels else 0
+    return result
+
+
+def distribution_of(prediction: float, samples: Sequence[float]) -> dict[str, float]:
+    """``prediction`` as it is, and over the samples ``mean``, ``sd`` (0 for one), ``p2.5``, ``p50``, ``p97.5``."""
+    values = np.asarray(samples, dtype=np.float64)
+    return {
+        "prediction": float(prediction),
+        "mean": float(values.mean()),
+        "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        **{f"p{p:g}": float(v) for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)},
+    }
