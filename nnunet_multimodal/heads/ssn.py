@@ -16,6 +16,8 @@ Deviations from the paper, and why:
   grow for ever; the paper masks the background of brain scans for the same reason (5.1).
 - A sample is mean + P eps + sqrt(D) eps'. Sigma is never factorised, so there is nothing that can fail on it and no
   fallback; the authors' code falls back on the diagonal when torch's LowRankMultivariateNormal cannot factorise it.
+- The log diagonal starts at ``INITIAL_LOG_DIAGONAL`` instead of 0, a standard deviation of 0.14 instead of 1: in nnU-Net's
+  short, low-rate training of a loss per voxel it stays near its start, and noise of single voxels speckles the samples.
 - The log diagonal is cut off at ``MAX_LOG_DIAGONAL``, beyond which its exponential would overflow float32 in the end.
 - Region-based training: the log-probability of a label map is a sum of Bernoulli instead of categorical terms.
 - Everything after the 1x1 convolutions is float32, whatever autocast says. The convolutions follow autocast like
@@ -41,7 +43,7 @@ from nnunet_multimodal.heads.base import DistributionLoss, SegmentationLoss
 from nnunet_multimodal.heads.deterministic import DeterministicHead
 
 EPSILON = 1e-5  # paper: added to the diagonal
-MAX_LOG_DIAGONAL = 20.0
+INITIAL_LOG_DIAGONAL, MAX_LOG_DIAGONAL = -4.0, 20.0
 # voxels whose samples are worked on at once: what fits a core's cache, or keeps a GPU busy
 CHUNK = {"cpu": 2**12, "cuda": 2**17}
 GROUP, DRAW_CHUNK = 4, 2**16  # samples and voxels of a whole image
@@ -344,7 +346,7 @@ class SSNHead(DeterministicHead):
         else:
             factor = self.factor_layer(finest).unflatten(1, (self.rank, self.num_classes)) / math.sqrt(self.rank)
         with full_precision(loc.device):
-            diagonal = log_diagonal.float().clamp(max=MAX_LOG_DIAGONAL).exp()
+            diagonal = (log_diagonal.float() + INITIAL_LOG_DIAGONAL).clamp(max=MAX_LOG_DIAGONAL).exp()
             if foreground is not None:
                 diagonal = diagonal * foreground
                 factor = factor * foreground[:, None].to(factor.dtype)

@@ -80,7 +80,15 @@ class SamplePredictor(ModelPredictor):
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
         """nnU-Net's; what the window blends is decided by the model's head."""
         super().initialize_from_trained_model_folder(*args, **kwargs)
-        self.network = unwrap(self.network)  # torch.compile would see methods of the network that it has not compiled
+        self._blend_distributions()
+
+    def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """nnU-Net's; what the window blends is decided by the network's head."""
+        super().manual_initialization(*args, **kwargs)
+        self._blend_distributions()
+
+    def _blend_distributions(self) -> None:
+        self.network = unwrap(self.network)  # torch.compile knows nothing of the network's other methods
         self.num_classes = self.label_manager.num_segmentation_heads
         self.stochastic = isinstance(self.network, MultimodalUNet) and self.network.head.STOCHASTIC
         mirrors = len(self._mirrors())

@@ -188,7 +188,7 @@ def weighted_quantile(values: np.ndarray, weights: np.ndarray, quantile: float) 
     values, weights = values[weights > 0], weights[weights > 0]
     order = np.argsort(values)
     reached = np.cumsum(weights[order]) / weights.sum()
-    index = np.searchsorted(reached, quantile - 1e-9)  # 20 times 0.05 is 1 but for rounding
+    index = int(np.searchsorted(reached, quantile - 1e-9))  # 20 times 0.05 is 1 but for rounding
     return float(values[order][min(index, len(values) - 1)])
 
 
@@ -253,14 +253,15 @@ def _bits(stacks: Sequence[np.ndarray], chunk: slice, label: Label, valid: np.nd
             inside &= valid[chunk]
         packed.append(np.packbits(inside, axis=1))
     bits = np.concatenate(packed)
-    return np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8))).view(np.uint64)
+    words = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8)))
+    return np.ascontiguousarray(words).view(np.uint64)  # the maps may lie in memory in any order
 
 
 def _common_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Bits set in both, (A, B), of (A, words) and (B, words); half the work where both are the same array."""
     same = left is right
     used = (np.bitwise_or.reduce(left) & np.bitwise_or.reduce(right)) != 0  # most of an image has no lesion
-    left, right = left[:, used], right[:, used]
+    left, right = left.compress(used, axis=1), right.compress(used, axis=1)
     counts = np.zeros((len(left), len(right)), dtype=np.int64)
     for i, bits in enumerate(left):
         first = i if same else 0

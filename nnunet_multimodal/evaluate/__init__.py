@@ -1,0 +1,103 @@
+"""Compare a folder of predictions with a folder of references.
+
+Dice, HD95, normalised surface distance and, where there are samples, raters or probabilities, how well the predicted
+distribution agrees with the raters. Arguments are those of nnUNetv2_evaluate_folder; labels or regions and the ignore
+label are the dataset's. For every CASE that both folders have it reads
+
+  GT/CASE.nii.gz              the reference
+  PRED/CASE.nii.gz            the (mean) prediction
+  PRED/samples/CASE__000.…    samples, as nnunet-multimodal predict --save-samples writes them
+  PRED/CASE.json              their weights under "sample_weights", if not equal
+  PRED/CASE.npz               probabilities, as nnUNetv2_predict --save_probabilities writes them
+  RATERS/CASE__NAME.…         several raters (--raters); without it the reference is the only one, and
+                              with it a prediction without samples counts as one sample
+
+and writes a CSV (one row for each case and label; the label "foreground_mean" is the labels' mean, the case "mean" the
+cases') and a JSON with the same numbers, the reliability curves, and what was left out and why. Distances are in mm,
+for images without a spacing (PNG) in pixels. nnunet_multimodal/metrics/case.py says what each column is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from nnunetv2.configuration import default_num_processes
+from tqdm import tqdm
+
+from nnunet_multimodal.evaluate.cases import CaseFiles, CaseResult, Settings, evaluate_case, find_cases, read_settings
+from nnunet_multimodal.evaluate.report import as_csv, as_json, count_cases, format_left_out, format_table, write_text
+from nnunet_multimodal.metrics.case import CaseMeasures, mean_over_cases
+
+TOLERANCE_MM = 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """nnUNetv2_evaluate_folder's, and two of our own."""
+    parser.add_argument("gt_folder", type=Path, help="folder with reference segmentations")
+    parser.add_argument("pred_folder", type=Path, help="folder with predicted segmentations")
+    parser.add_argument("-djfile", type=Path, metavar="FILE", help="dataset.json (default: the one in pred_folder)")
+    parser.add_argument("-pfile", type=Path, metavar="FILE", help="plans.json (default: the one in pred_folder)")
+    parser.add_argument(
+        "-o", type=Path, metavar="FILE.json", help="results; the CSV lies beside (default: pred_folder/evaluation.json)"
+    )
+    parser.add_argument(
+        "-np", type=int, default=default_num_processes, help=f"number of processes (default: {default_num_processes})"
+    )
+    parser.add_argument("--chill", action="store_true", help="go on if predictions are missing")
+    parser.add_argument(
+        "--tolerance_mm",
+        type=float,
+        default=TOLERANCE_MM,
+        metavar="MM",
+        help=f"of the normalised surface distance (default: {TOLERANCE_MM:g})",
+    )
+    parser.add_argument("--raters", type=Path, metavar="FOLDER", help="CASE__NAME files, several for each case")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate two folders; returns the exit status."""
+    output = args.o or args.pred_folder / "evaluation.json"
+    if output.suffix != ".json":
+        raise SystemExit(f"-o is {output}; its name must end in .json")
+    if not 0 <= args.tolerance_mm < math.inf:
+        raise SystemExit(f"--tolerance_mm is {args.tolerance_mm}; give a number >= 0")
+    dataset_json, plans_json = (
+        file or args.pred_folder / name for file, name in ((args.djfile, "dataset.json"), (args.pfile, "plans.json"))
+    )
+    settings = read_settings(dataset_json, plans_json, args.tolerance_mm)
+    cases, left_out = find_cases(args.gt_folder, args.pred_folder, args.raters, settings.ending)
+    missing = [entry.case for entry in left_out if entry.why == "no prediction"]
+    if missing and not args.chill:
+        raise SystemExit(f"{format_left_out(left_out)}predict them, or give --chill to evaluate the others")
+    results: dict[str, CaseMeasures] = {}
+    for files, result in zip(cases, _evaluate_all(cases, settings, args.np), strict=True):
+        left_out += result.left_out
+        if result.measures is not None:
+            results[files.case] = result.measures
+    if not results:
+        raise SystemExit(f"{format_left_out(left_out)}nothing to evaluate in {args.gt_folder} and {args.pred_folder}")
+    means, counts = mean_over_cases(list(results.values()), settings.labels)
+    paths = {c.case: {"reference_file": str(c.reference), "prediction_file": str(c.prediction)} for c in cases}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output.with_suffix(".csv"), as_csv(results, means, settings))
+    write_text(output, as_json(results, paths, means, counts, left_out, settings))
+    print(f"\n{format_table(means, settings)}\n\n{format_left_out(left_out)}{count_cases(results)} evaluated")
+    print(f"each of them: {output.with_suffix('.csv')}, {output}")
+    return 0
+
+
+def _evaluate_all(cases: Sequence[CaseFiles], settings: Settings, processes: int) -> Iterator[CaseResult]:
+    """In the order of the cases; in this process if one is enough."""
+    progress = partial(tqdm, total=len(cases), desc="evaluate", unit="case")
+    processes = min(processes, len(cases))
+    if processes <= 1:
+        yield from progress(evaluate_case(files, settings) for files in cases)
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from progress(pool.map(partial(evaluate_case, settings=settings), cases))

@@ -1,0 +1,286 @@
+"""From files to measures: which cases there are, reading them with nnU-Net's reader, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_multimodal.metrics.case import CaseArrays, CaseMeasures, measure_case
+from nnunet_multimodal.metrics.distribution import Label
+
+CASE, SAMPLES, ECE = "case", "samples", "ECE"  # what may be left out
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every case is measured with.
+
+    Attributes:
+        labels: foreground labels or regions, as nnU-Net evaluates them.
+        names: theirs, in ``dataset.json``.
+        channels: theirs, in files of probabilities, which have `num_channels`.
+        ignore_label: voxels that have it in the reference do not count.
+        ending: of the files.
+        reader: nnU-Net's, as the plans name it.
+        tolerance_mm: of the normalised surface distance.
+    """
+
+    labels: tuple[Label, ...]
+    names: tuple[str, ...]
+    channels: tuple[int, ...]
+    num_channels: int
+    ignore_label: int | None
+    ending: str
+    reader: type[BaseReaderWriter]
+    tolerance_mm: float
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """Where a case lies. Without raters the reference is the only one; `quantities` may hold the samples' weights."""
+
+    case: str
+    reference: Path
+    prediction: Path
+    samples: tuple[Path, ...] = ()
+    raters: tuple[Path, ...] = ()
+    quantities: Path | None = None
+    probabilities: Path | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A case that is in no mean (`what` is "case") or not in those that `what` names."""
+
+    case: str
+    what: str
+    why: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class CaseResult:
+    """The measures of a case, None where it cannot be measured, and what they lack."""
+
+    measures: CaseMeasures | None
+    left_out: list[LeftOut]
+
+
+class GeometryError(ValueError):
+    """Two images are not on one grid."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """A file's content: array (Z, Y, X) with Z 1 for 2D images, and what nnU-Net's reader says of its geometry."""
+
+    file: Path
+    array: np.ndarray
+    properties: Mapping[str, Any]
+
+
+def read_settings(dataset_json: Path, plans_json: Path, tolerance_mm: float) -> Settings:
+    """What the dataset and its plans say about labels and files."""
+    for file, flag in ((dataset_json, "-djfile"), (plans_json, "-pfile")):
+        if not file.is_file():
+            raise SystemExit(f"{file} is not there; nnUNetv2_predict writes it, or name another one with {flag}")
+    dataset = json.loads(dataset_json.read_text())
+    plans = PlansManager(str(plans_json))
+    manager = plans.get_label_manager(dataset)
+    found = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    names = {_values(value): name for name, value in dataset["labels"].items()}
+    return Settings(
+        labels=tuple(_values(label) if isinstance(label, tuple) else int(label) for label in found),
+        names=tuple(names[_values(label)] for label in found),
+        channels=tuple(range(len(found)) if manager.has_regions else map(manager.all_labels.index, found)),
+        num_channels=manager.num_segmentation_heads,
+        ignore_label=manager.ignore_label,
+        ending=dataset["file_ending"],
+        reader=plans.image_reader_writer_class,
+        tolerance_mm=tolerance_mm,
+    )
+
+
+def find_cases(
+    references: Path, predictions: Path, raters: Path | None, ending: str
+) -> tuple[list[CaseFiles], list[LeftOut]]:
+    """Cases that both folders have, and what is not there."""
+    for folder in (references, predictions, raters):
+        if folder is not None and not folder.is_dir():
+            raise SystemExit(f"{folder} is not a folder")
+    there, predicted = _files(references, ending), _files(predictions, ending)
+    samples = _group(_files(predictions / "samples", ending))
+    drawn = {} if raters is None else _group(_files(raters, ending))
+    left_out = [LeftOut(case, CASE, "no prediction") for case in there if case not in predicted]
+    left_out += [LeftOut(case, CASE, "no reference") for case in predicted if case not in there]
+    cases = []
+    for case in sorted(there.keys() & predicted.keys()):
+        quantities, npz = (_if_there(predictions / f"{case}.{suffix}") for suffix in ("json", "npz"))
+        files = CaseFiles(case, there[case], predicted[case], samples.get(case, ()), drawn.get(case, ()))
+        cases.append(replace(files, quantities=quantities, probabilities=npz))
+    without_samples = [files.case for files in cases if not files.samples]
+    without_npz = [files.case for files in cases if not files.probabilities]
+    for what, why, lacking in ((SAMPLES, "no samples", without_samples), (ECE, "no probabilities", without_npz)):
+        if len(lacking) < len(cases):  # else nobody expects any
+            left_out += [LeftOut(case, what, why) for case in lacking]
+    if raters is not None:
+        if len(without_samples) == len(cases):  # a deterministic model: one sample
+            cases = [replace(files, samples=(files.prediction,), quantities=None) for files in cases]
+        left_out += [LeftOut(files.case, f"{SAMPLES}, {ECE}", "no raters") for files in cases if not files.raters]
+        cases = [files if files.raters else replace(files, samples=(), probabilities=None) for files in cases]
+    return cases, left_out
+
+
+def evaluate_case(files: CaseFiles, settings: Settings) -> CaseResult:
+    """Read and measure one case.
+
+    Raises:
+        ValueError: a file has channels, or weights or probabilities do not fit.
+    """
+    left_out = []
+    reference = read_label_map(files.reference, settings)
+    try:
+        (prediction,) = _read_like(reference, [files.prediction], settings)
+    except GeometryError as error:
+        return CaseResult(None, [LeftOut(files.case, CASE, "geometry differs", str(error))])
+    case = CaseArrays(prediction, reference.array, [float(size) for size in reference.properties["spacing"]])
+    try:
+        case = replace(case, **_read_distribution(files, reference, settings))
+    except GeometryError as error:
+        left_out.append(LeftOut(files.case, f"{SAMPLES}, {ECE}", "geometry differs", str(error)))
+    if len(reference.array) == 1:  # nnU-Net's first axis of 2D images
+        case = _as_2d(case)
+    measures = measure_case(case, settings.labels, settings.tolerance_mm, settings.ignore_label)
+    return CaseResult(measures, [*left_out, *_undefined(files.case, measures, settings)])
+
+
+def read_label_map(file: Path, settings: Settings) -> LabelMap:
+    """A file by nnU-Net's reader, as small integers.
+
+    Raises:
+        ValueError: it has several channels.
+    """
+    array, properties = settings.reader().read_seg(str(file))
+    if len(array) != 1:
+        raise ValueError(f"{file} has {len(array)} channels; a label map has one (save PNGs in grey, not in colour)")
+    values = [value for label in settings.labels for value in _values(label)]
+    type_ = np.uint8 if max([*values, settings.ignore_label or 0]) < 255 else np.uint16  # the reader gives float32
+    return LabelMap(file, np.clip(np.rint(array[0]), 0, np.iinfo(type_).max).astype(type_), properties)
+
+
+def geometry_difference(a: LabelMap, b: LabelMap) -> str:
+    """What keeps two images from being on one grid; empty if nothing does."""
+    if a.array.shape != b.array.shape:
+        return f"{b.file.name} has shape {b.array.shape} and {a.file.name} {a.array.shape}"
+    theirs = _geometry(b.properties)
+    for name, value in _geometry(a.properties).items():
+        if not np.allclose(value, theirs[name], rtol=1e-4, atol=1e-3):  # files keep float32 or a few digits
+            return f"{b.file.name} has {name} {theirs[name]} and {a.file.name} {value}"
+    return ""
+
+
+def _geometry(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """What the readers of nnU-Net tell about the grid; PNG has nothing but a spacing of 1."""
+    affine = properties.get("nibabel_stuff", {})
+    affine = affine.get("reoriented_affine", affine.get("original_affine"))
+    itk = {name: value for name, value in properties.get("sitk_stuff", {}).items() if name in ("origin", "direction")}
+    return {"spacing": tuple(properties["spacing"]), **itk, **({} if affine is None else {"affine": affine.tolist()})}
+
+
+def _read_like(reference: LabelMap, files: Sequence[Path], settings: Settings) -> np.ndarray:
+    """Label maps (N, Z, Y, X) on the reference's grid."""
+    stack = []
+    for file in files:
+        label_map = read_label_map(file, settings)
+        difference = geometry_difference(reference, label_map)
+        if difference:
+            raise GeometryError(difference)
+        stack.append(label_map.array)
+    return np.stack(stack)
+
+
+def _read_distribution(files: CaseFiles, reference: LabelMap, settings: Settings) -> dict[str, Any]:
+    """Fields of CaseArrays: samples with their weights, raters, probabilities."""
+    found: dict[str, Any] = {}
+    if files.raters:
+        found["raters"] = _read_like(reference, files.raters, settings)
+    if files.samples:
+        found["samples"] = _read_like(reference, files.samples, settings)
+        if files.quantities is not None:
+            found["sample_weights"] = _read_weights(files.quantities, len(files.samples))
+    if files.probabilities is not None:
+        with np.load(files.probabilities) as content:
+            probabilities = content["probabilities"]
+        expected = (settings.num_channels, *reference.array.shape)
+        if probabilities.shape != expected:
+            raise ValueError(f"{files.probabilities} has shape {probabilities.shape}, not {expected}; predict it again")
+        found["probabilities"] = probabilities[list(settings.channels)]
+    return found
+
+
+def _read_weights(file: Path, samples: int) -> list[float] | None:
+    """The samples' weights from a case's JSON; None, equal ones, if it has none."""
+    weights = json.loads(file.read_text()).get("sample_weights")
+    if weights is not None and len(weights) != samples:
+        raise ValueError(
+            f"{file} has {len(weights)} sample_weights and there are {samples} samples; predict them again"
+        )
+    return weights
+
+
+def _as_2d(case: CaseArrays) -> CaseArrays:
+    """Without the first axis, which has one voxel: a plane's inside is not surface."""
+    stacks = {name: getattr(case, name) for name in ("samples", "raters", "probabilities")}
+    return replace(
+        case,
+        prediction=case.prediction[0],
+        reference=case.reference[0],
+        spacing_mm=case.spacing_mm[1:],
+        **{name: stack[:, 0] for name, stack in stacks.items() if stack is not None},
+    )
+
+
+def _undefined(case: str, measures: CaseMeasures, settings: Settings) -> Iterator[LeftOut]:
+    """Labels whose measures the case cannot have."""
+    for label, name in zip(settings.labels, settings.names, strict=True):
+        found = measures.by_label[label]
+        if not found["n_ref"] and not found["n_pred"]:
+            yield LeftOut(case, f"Dice, HD95 and NSD of {name}", "neither in prediction nor in reference")
+        elif not found["n_ref"] or not found["n_pred"]:
+            yield LeftOut(case, f"HD95 of {name}", f"not in {'reference' if found['n_pred'] else 'prediction'}")
+        if np.isnan(found.get("rater_Dice_nod", 0)):
+            yield LeftOut(case, f"rater_Dice_nod of {name}", "no rater drew it")
+
+
+def _files(folder: Path, ending: str) -> dict[str, Path]:
+    """Case -> file, hidden files left out; empty where there is no folder."""
+    if not folder.is_dir():
+        return {}
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(ending) and path.name[0] != ".")
+    return {path.name.removesuffix(ending): path for path in found}
+
+
+def _group(files: Mapping[str, Path]) -> dict[str, tuple[Path, ...]]:
+    """Case -> its files of the names CASE__SUFFIX, in the order of the suffixes, 1000 after 999."""
+    groups: dict[str, list[tuple[str, Path]]] = {}
+    for stem, path in files.items():
+        case, separator, suffix = stem.rpartition("__")
+        if separator:
+            groups.setdefault(case, []).append((suffix, path))
+    return {c: tuple(path for _, path in sorted(g, key=lambda x: (len(x[0]), x[0]))) for c, g in groups.items()}
+
+
+def _if_there(file: Path) -> Path | None:
+    return file if file.is_file() else None
+
+
+def _values(label: Any) -> tuple[int, ...]:
+    """The values of a label or region, as dataset.json or nnU-Net's label manager has it."""
+    return tuple(map(int, label)) if isinstance(label, tuple | list) else (int(label),)
