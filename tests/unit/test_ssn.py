@@ -292,7 +292,7 @@ def test_the_diagonal_model_has_no_factor():
     assert made.head.factor_layer is None
 
 
-@pytest.mark.parametrize("options", [{"rank": -1}, {"num_samples": 7}, {"warm_up": 1.5}])
+@pytest.mark.parametrize("options", [{"rank": -1}, {"num_samples": 7}, {"warm_up": 1.5}, {"loss_weight": 0}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         network(head_kwargs=options)
