@@ -13,13 +13,15 @@ from typing import Any
 
 import _common as common
 import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
 from tqdm import tqdm
 
 from nnunet_multimodal.network import MultimodalUNet
 
-PATCH, CLASSES = (8, 16, 16), 3
+PATCH = (8, 16, 16)
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LABELS = {
     "softmax": ({"background": 0, "organ": 1, "lesion": 2}, None),
@@ -31,13 +33,21 @@ KINDS = ("ordinary", "constant image", "air", "no foreground", "single voxel", "
 
 def build_network(num_classes: int) -> MultimodalUNet:
     network = MultimodalUNet(
-        2, num_classes, backbone="early", head="ssn", n_stages=3, features_per_stage=[8, 16, 32], conv_op=nn.Conv3d,
-        kernel_sizes=[[3] * 3] * 3, strides=[[1] * 3, [2] * 3, [2] * 3], n_conv_per_stage=[2, 2, 2],
-        n_conv_per_stage_decoder=[2, 2], conv_bias=True, norm_op=nn.InstanceNorm3d,
+        2, num_classes, backbone="early", head="ssn", n_stages=2, features_per_stage=[4, 8], conv_op=nn.Conv3d,
+        kernel_sizes=[[3] * 3] * 2, strides=[[1] * 3, [2] * 3], n_conv_per_stage=[2, 2],
+        n_conv_per_stage_decoder=[2], conv_bias=True, norm_op=nn.InstanceNorm3d,
         norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
     )  # fmt: skip
     network.apply(network.initialize)
     return network
+
+
+def mean_loss(labels: LabelManager) -> nn.Module:
+    """nnU-Net's loss, as its trainer builds it."""
+    dice = {"batch_dice": False, "do_bg": labels.has_regions, "smooth": 1e-5, "ddp": False}
+    if labels.has_regions:
+        return DC_and_BCE_loss({}, dice, use_ignore_label=labels.has_ignore_label)
+    return DC_and_CE_loss(dice, {}, ignore_label=labels.ignore_label, dice_class=MemoryEfficientSoftDiceLoss)
 
 
 def batch(kind: str, labels: LabelManager, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +85,7 @@ def stress(args: argparse.Namespace, kind: str, dtype: torch.dtype) -> dict[str,
     network = build_network(labels.num_segmentation_heads).to(args.device).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
     scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)
-    loss_of = network.build_loss(None, labels)
+    loss_of = network.build_loss(mean_loss(labels), labels)
     found = {"losses": 0, "gradients": 0, "weights": 0, "skipped_steps": 0}
     losses, deviation = [], 0.0
     for step in tqdm(range(args.steps), desc=f"{kind}, {dtype}", leave=False, disable=None):

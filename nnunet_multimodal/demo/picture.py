@@ -98,9 +98,9 @@ def _show_uncertainty(figure: Any, axes: np.ndarray, maps: np.ndarray, names: li
     high = np.percentile(maps, 99.8)
     for ax, uncertainty, name in zip(axes, maps, names, strict=False):
         shown = ax.imshow(uncertainty, cmap="magma", vmin=0, vmax=high, aspect=aspect, interpolation="nearest")
-        ax.set_title(f"uncertainty of {name}")
+        ax.set_title(f"RNP error of {name}")
     scale = axes[len(maps)].inset_axes((0.02, 0.05, 0.07, 0.9))  # in the next cell, so that no image is narrowed
-    figure.colorbar(shown, cax=scale, label=f"u of {UNCERTAINTY_TRAINER}")
+    figure.colorbar(shown, cax=scale, label=f"RNP error ({UNCERTAINTY_TRAINER})")
 
 
 def _legend(figure: Any, free: np.ndarray | None, structures: list[Structure]) -> None:

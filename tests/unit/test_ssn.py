@@ -261,7 +261,12 @@ def test_warm_up_trains_the_mean_alone_and_leaves_no_parameter_without_gradient(
     loss(output.distribution, target, 0.25).backward(retain_graph=True)
     assert made.head.factor_layer.weight.grad.abs().max() == 0
     assert made.head.seg_layers[0].weight.grad.abs().max() > 0
-    loss(output.distribution, target, 0.26).backward()
+    torch.manual_seed(3)
+    nats = made.head.negative_log_likelihood(output.distribution, target, labels_of())
+    torch.manual_seed(3)
+    both = loss(output.distribution, target, 0.26)
+    torch.testing.assert_close(both, 20 * nats + output[0].square().mean())
+    both.backward()
     assert made.head.factor_layer.weight.grad.abs().max() > 0
 
 
@@ -292,7 +297,7 @@ def test_the_diagonal_model_has_no_factor():
     assert made.head.factor_layer is None
 
 
-@pytest.mark.parametrize("options", [{"rank": -1}, {"num_samples": 7}, {"warm_up": 1.5}, {"loss_weight": 0}])
+@pytest.mark.parametrize("options", [{"rank": -1}, {"num_samples": 7}, {"warm_up": 1.5}, {"loss_weight": -1}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         network(head_kwargs=options)
@@ -302,7 +307,7 @@ def test_half_precision_training_survives_degenerate_data():
     """Constant patches, no foreground, a single voxel; benchmarks/ssn_stress.py does a thousand steps of it."""
     made = network(classes=3).train()
     optimizer = torch.optim.SGD(made.parameters(), 0.01, momentum=0.99, nesterov=True)
-    loss = made.build_loss(None, labels_of())
+    loss = made.build_loss(lambda logits, target: F.cross_entropy(logits.float(), target[:, 0]), labels_of())
     for dtype in (torch.bfloat16, torch.float16):
         for step in range(6):
             image = torch.randn(2, MODALITIES, 8, 8) * (step % 3 > 0)
