@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import _common as common
+import _ssn_sections as ssn
 
 Result = dict[str, Any]
 
@@ -152,6 +154,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "sts": ("Real PET/CT/MR data", sts),
     "crnp_cost": ("What CRNP costs", crnp_cost),
     "handwritten": ("CRNP on vectors: Handwritten", handwritten),
+    **{name: (heading, partial(write, table=table)) for name, (heading, write) in ssn.SECTIONS.items()},
 }
 
 
@@ -165,6 +168,13 @@ def provenance(result: Result) -> str:
         f"`{result['command']}`, {result['date'][:10]}; {where}, {machine['threads']} threads, load "
         f"{machine.get('load_average_15_min', '?')}; " + ", ".join(f"{name} {v}" for name, v in versions.items()) + "."
     )
+
+
+def belongs(picture: str, name: str, suffix: str) -> bool:
+    """Whether NAME.png or NAME_something.png is this benchmark's, and not another's whose name begins alike."""
+    others = [other for other in SECTIONS if other.startswith(f"{name}_")]
+    device = "_cuda" if picture.endswith("_cuda") else ""
+    return device == suffix and (f"{picture}_").startswith(f"{name}_") and not picture.startswith(tuple(others))
 
 
 def page(results: Path, docs: Path) -> str:
@@ -182,10 +192,9 @@ def page(results: Path, docs: Path) -> str:
                 continue
             result = json.loads(file.read_text())
             text += ["", f"## {heading}{device}", "", section(result), ""]
-            for plan in ("", *(f"_{plan}" for plan in result.get("plans", ()))):
-                picture = results / f"{name}{plan}{stem[len(name) :]}.png"
-                if picture.exists():
-                    text += [f"![{heading}]({Path(os.path.relpath(picture, docs)).as_posix()})", ""]
+            suffix = stem[len(name) :]
+            for picture in sorted(p for p in results.glob(f"{name}*{suffix}.png") if belongs(p.stem, name, suffix)):
+                text += [f"![{heading}]({Path(os.path.relpath(picture, docs)).as_posix()})", ""]
             text.append(provenance(result))
     return "\n".join(text) + "\n"
 
