@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from nnunet_multimodal import __version__
+from nnunet_multimodal.errors import UserError
 
 # subcommand -> module with add_arguments(parser) and run(args) -> exit status, and the line that --help shows
 COMMANDS = {
@@ -37,5 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return args.run(args)
 
 
+def entry_point() -> None:
+    """The console script: what a user can mend is said without a traceback."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"nnunet-multimodal: {error}")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

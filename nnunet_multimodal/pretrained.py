@@ -3,7 +3,7 @@
 Taken over: every encoder, the decoder, and nothing else (nnU-Net never transfers segmentation layers). A network with
 one encoder for all modalities and one input channel starts from the mean of the checkpoint's first convolution over
 its image channels; separate encoders each take their own channels. What a method adds (fusion, reductions) keeps its
-initialisation and is listed. A checkpoint of ours is loaded by nnU-Net itself, all weights but the segmentation layers.
+initialisation and is listed. Of a checkpoint of ours the whole backbone is taken over, and nothing of the head.
 """
 
 from __future__ import annotations
@@ -35,15 +35,35 @@ def load_pretrained_weights(stock: Callable[..., None], network: nn.Module, fnam
     if not isinstance(ours, MultimodalUNet):
         return stock(network, fname, verbose)
     weights = torch.load(fname, map_location="cpu", weights_only=False)["network_weights"]
-    if any(key.startswith("backbone.") for key in weights):
-        return stock(network, fname, verbose)
-    loaded = stock_weights(ours, weights, fname)
+    own = any(key.startswith("backbone.") for key in weights)
+    loaded = backbone_weights(ours, weights, fname) if own else stock_weights(ours, weights, fname)
     kept = [key for key in ours.state_dict() if key not in loaded]
     ours.load_state_dict({**ours.state_dict(), **loaded})
     parts = sorted({".".join(key.split(".")[:3]) for key in kept})
-    print(f"################### Loaded {len(loaded)} tensors of the stock checkpoint {fname} ###################")
-    print(f"Encoder and decoder are taken over. Not in a stock network, so initialised anew: {', '.join(parts)}")
+    what = "checkpoint" if own else "stock checkpoint"
+    print(f"################### Loaded {len(loaded)} tensors of the {what} {fname} ###################")
+    print(f"{'The backbone is' if own else 'Encoder and decoder are'} taken over. Initialised anew: {', '.join(parts)}")
     return None
+
+
+def backbone_weights(
+    network: MultimodalUNet, weights: dict[str, Tensor], fname: str | os.PathLike
+) -> dict[str, Tensor]:
+    """The backbone of a checkpoint of ours, whatever the head.
+
+    Raises:
+        ValueError: it is of another backbone or topology.
+    """
+    loaded = {}
+    for key, own in network.state_dict().items():
+        if key.startswith("backbone."):
+            if key not in weights:
+                raise _other_topology(key, "is not in", fname)
+            if weights[key].shape != own.shape:
+                shape = tuple(weights[key].shape)
+                raise _other_topology(key, f"needs shape {tuple(own.shape)}, not {shape} of", fname)
+            loaded[key] = weights[key]
+    return loaded
 
 
 def stock_weights(network: MultimodalUNet, weights: dict[str, Tensor], fname: str | os.PathLike) -> dict[str, Tensor]:
@@ -102,6 +122,6 @@ def _first_convolution(
 
 def _other_topology(key: str, what: str, fname: str | os.PathLike) -> ValueError:
     return ValueError(
-        f"{key} {what} {fname}: the checkpoint is of a network with another topology. Train with the plans that it was "
-        "trained with (nnUNetv2_move_plans_between_datasets), or without -pretrained_weights"
+        f"{key} {what} {fname}: the checkpoint is of a network with another topology or backbone. Train with the plans "
+        "that it was trained with (nnUNetv2_move_plans_between_datasets), or without -pretrained_weights"
     )

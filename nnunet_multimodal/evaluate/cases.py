@@ -227,7 +227,10 @@ def _read_distribution(files: CaseFiles, reference: LabelMap, settings: Settings
 
 def _read_weights(file: Path, samples: int) -> list[float] | None:
     """The samples' weights from a case's JSON; None, equal ones, if it has none."""
-    weights = json.loads(file.read_text()).get("sample_weights")
+    summary = json.loads(file.read_text())
+    if summary.get("samples", samples) != samples:
+        raise ValueError(f"{file} tells of {summary['samples']} samples and there are {samples}; predict them again")
+    weights = summary.get("sample_weights")
     if weights is not None and len(weights) != samples:
         raise ValueError(
             f"{file} has {len(weights)} sample_weights and there are {samples} samples; predict them again"

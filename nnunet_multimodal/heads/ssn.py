@@ -23,7 +23,8 @@ Deviations from the paper, and why:
   fallback; the authors' code falls back on the diagonal when torch's LowRankMultivariateNormal cannot factorise it.
 - The log diagonal starts at ``INITIAL_LOG_DIAGONAL`` instead of 0, a standard deviation of 0.14 instead of 1: with
   nnU-Net's SGD and a loss per voxel it stays near its start, and noise of single voxels speckles the samples.
-- The log diagonal is cut off at ``MAX_LOG_DIAGONAL``, beyond which its exponential would overflow float32 in the end.
+- The log diagonal is cut off at ``MAX_LOG_DIAGONAL``: its exponential would overflow in the end, first of all in the
+  half precision in which nnU-Net blends tiles.
 - Region-based training: the log-probability of a label map is a sum of Bernoulli instead of categorical terms.
 - Everything after the 1x1 convolutions is float32, whatever autocast says. The convolutions follow autocast like
   nnU-Net's own last layers; P stays in their type and is converted a piece at a time, because it is by far the largest.
@@ -31,7 +32,6 @@ Deviations from the paper, and why:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -41,14 +41,14 @@ import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
-from torch.nn import functional as F
 
 from nnunet_multimodal.backbones.base import UNetTopology, full_precision
 from nnunet_multimodal.heads.base import DistributionLoss, SegmentationLoss
 from nnunet_multimodal.heads.deterministic import DeterministicHead
+from nnunet_multimodal.heads.streamed import Noise, SampleLogLikelihood
 
 EPSILON = 1e-5  # paper: added to the diagonal
-INITIAL_LOG_DIAGONAL, MAX_LOG_DIAGONAL = -4.0, 20.0
+INITIAL_LOG_DIAGONAL, MAX_LOG_DIAGONAL = -4.0, 16.0
 # voxels whose samples are worked on at once: what fits a core's cache, or keeps a GPU busy
 CHUNK = {"cpu": 2**12, "cuda": 2**17}
 GROUP, DRAW_CHUNK = 4, 2**16  # samples and voxels of a whole image
@@ -135,8 +135,7 @@ class LowRankGaussianLogits:
     ) -> Tensor:
         """Log-likelihood of label maps, estimated from samples (Eq. 6); needs next to no memory beyond its gradients.
 
-        The samples' voxels are worked on in chunks and never held together. For the gradient, those samples are drawn
-        again that have any weight in the estimate: over a whole map, very few.
+        See :mod:`nnunet_multimodal.heads.streamed` for how.
 
         Args:
             target: (B, C, *D), 1 or True where a voxel is of that class (or in that region); may be soft.
@@ -156,152 +155,17 @@ class LowRankGaussianLogits:
             raise ValueError(f"num_samples is {num_samples}; samples come in antithetic pairs, use an even number >= 2")
         if target.shape != self.loc.shape:
             raise ValueError(f"target has shape {tuple(target.shape)} and the logits {tuple(self.loc.shape)}")
-        log_likelihoods = _SampleLogLikelihood.apply(
+        log_likelihoods = SampleLogLikelihood.apply(
             self.loc.flatten(2),
             self.cov_factor.flatten(3),
             self.cov_diag.sqrt().flatten(2),
             target.flatten(2),
             None if valid is None else valid.flatten(2),
-            _Draw(num_samples // 2, int(torch.randint(2**62, (), generator=generator)), self.loc.device),
+            Noise(num_samples // 2, int(torch.randint(2**62, (), generator=generator)), self.loc.device),
             regions,
             chunk or CHUNK.get(self.loc.device.type, CHUNK["cpu"]),
         )
         return log_likelihoods.logsumexp(0) - math.log(num_samples)
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """Standard normal noise that can be drawn again, piece by piece, for any of the antithetic pairs."""
-
-    pairs: int
-    seed: int
-    device: torch.device
-
-    def weights(self, batch: int, rank: int, dtype: torch.dtype) -> Tensor:
-        """Noise of the factor (B, pairs, rank)."""
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        return torch.randn(batch, self.pairs, rank, generator=generator, device=self.device, dtype=dtype)
-
-    def voxels(self, position: int, pairs: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Noise of the diagonal (len(pairs), *shape) for a chunk, by its position in the batch."""
-        noise = torch.empty(len(pairs), *shape, device=self.device, dtype=dtype)
-        generator = torch.Generator(self.device)
-        for piece, pair in zip(noise, pairs, strict=True):
-            piece.normal_(generator=generator.manual_seed(self.seed + 1 + position * self.pairs + pair))
-        return noise
-
-
-class _SampleLogLikelihood(torch.autograd.Function):
-    """log p(y | eta^(m)) of every sample: (M, B), the second half of M antithetic to the first.
-
-    With y the indicator of the labels, log p(y | eta) = <y, eta> - A(eta) and its gradient is y - A'(eta), where A is
-    logsumexp over the classes or, for regions, the sum of softplus. Sums over chunks are in float64: the log-likelihood
-    of a whole map reaches a million nats, and differences of one nat decide which samples count.
-    """
-
-    @staticmethod
-    def forward(ctx, loc, factor, scale, target, valid, draw, regions, chunk):
-        ctx.save_for_backward(loc, factor, scale, target, valid)
-        ctx.draw, ctx.regions, ctx.chunk = draw, regions, chunk
-        exact = torch.float32 if loc.device.type == "mps" else torch.float64
-        result = torch.zeros(2, draw.pairs, len(loc), dtype=exact, device=loc.device)
-        weights = draw.weights(len(loc), factor.shape[1], loc.dtype)
-        for piece in _pieces(loc, factor, scale, target, valid, chunk):
-            deviation, _ = piece.deviation(draw, weights, range(draw.pairs))
-            linear = deviation.flatten(1) @ piece.target.flatten()
-            constant = (piece.target * piece.loc).sum()
-            for half, sign in enumerate((1, -1)):
-                partition = _log_partition(piece.loc + sign * deviation, regions)
-                if piece.valid is not None:
-                    partition *= piece.valid
-                result[half, :, piece.sample] += constant + sign * linear - partition.flatten(1).sum(1)
-        return result.flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        loc, factor, scale, target, valid = ctx.saved_tensors
-        draw = ctx.draw
-        weights = draw.weights(len(loc), factor.shape[1], loc.dtype)
-        gradient = gradient.view(2, draw.pairs, len(loc)).to(loc.dtype)
-        pairs = _pairs_that_count(gradient)
-        d_loc, d_factor, d_scale = torch.empty_like(loc), torch.empty_like(factor), torch.empty_like(scale)
-        for piece in _pieces(loc, factor, scale, target, valid, ctx.chunk):
-            own = pairs[piece.sample]
-            deviation, noise = piece.deviation(draw, weights, own)
-            d_logits = []
-            for half, sign in enumerate((1, -1)):
-                probability = _probabilities(piece.loc + sign * deviation, ctx.regions)
-                if piece.valid is not None:
-                    probability *= piece.valid
-                outer = gradient[half, own, piece.sample].view(-1, 1, 1)
-                d_logits.append(probability.sub_(piece.target).mul_(-outer))
-            d_deviation = d_logits[0] - d_logits[1]
-            at = piece.sample, slice(None), piece.voxels
-            d_loc[at] = (d_logits[0] + d_logits[1]).sum(0)
-            d_scale[at] = (noise * d_deviation).sum(0)
-            d_own = weights[piece.sample, own].T @ d_deviation.flatten(1)  # (R, C n)
-            d_factor[piece.sample, ..., piece.voxels] = d_own.view(factor.shape[1], *piece.loc.shape)
-        return d_loc, d_factor, d_scale, None, None, None, None, None
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Some voxels of one sample of the batch, in full precision."""
-
-    sample: int
-    position: int
-    voxels: slice
-    loc: Tensor  # (C, n)
-    factor: Tensor  # (R, C, n)
-    scale: Tensor  # (C, n)
-    target: Tensor  # (C, n), zero where not valid
-    valid: Tensor | None  # (1, n)
-
-    def deviation(self, draw: _Draw, weights: Tensor, pairs: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """P eps + sqrt(D) eps' of the pairs (len(pairs), C, n), and eps'."""
-        noise = draw.voxels(self.position, pairs, self.loc.shape, self.loc.dtype)
-        low_rank = weights[self.sample, list(pairs)] @ self.factor.flatten(1)
-        return torch.addcmul(low_rank.view(noise.shape), noise, self.scale), noise
-
-
-def _pieces(
-    loc: Tensor, factor: Tensor, scale: Tensor, target: Tensor, valid: Tensor | None, chunk: int
-) -> Iterator[_Piece]:
-    dtype = loc.dtype
-    for position, (sample, start) in enumerate(itertools.product(range(len(loc)), range(0, loc.shape[2], chunk))):
-        voxels = slice(start, start + chunk)
-        keep = None if valid is None else valid[sample, :, voxels].to(dtype)
-        y = target[sample, :, voxels].to(dtype)
-        yield _Piece(
-            sample,
-            position,
-            voxels,
-            loc[sample, :, voxels],
-            factor[sample, :, :, voxels].to(dtype),
-            scale[sample, :, voxels],
-            y if keep is None else y * keep,
-            keep,
-        )
-
-
-def _log_partition(logits: Tensor, regions: bool) -> Tensor:
-    """A(eta) of logits (S, C, n): (S, 1 or C, n)."""
-    return F.softplus(logits) if regions else logits.logsumexp(1, keepdim=True)
-
-
-def _probabilities(logits: Tensor, regions: bool) -> Tensor:
-    """A'(eta) of logits (S, C, n)."""
-    return logits.sigmoid() if regions else logits.softmax(1)
-
-
-def _pairs_that_count(gradient: Tensor) -> list[list[int]]:
-    """The pairs whose share of the gradient (2, pairs, B) is above its rounding error, for each sample of the batch.
-
-    A sample's share is its likelihood's. Over the many voxels of a map nearly all shares are zero beside the largest.
-    """
-    shares = gradient.abs().amax(0)  # (pairs, B)
-    threshold = shares.amax(0) * torch.finfo(gradient.dtype).eps / (2 * len(shares))
-    return [[pair for pair, counts in enumerate(column) if counts] for column in (shares > threshold).T.tolist()]
 
 
 class SSNHead(DeterministicHead):

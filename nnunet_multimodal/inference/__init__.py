@@ -1,1 +1,1 @@
-"""Prediction beyond the segmentation: uncertainty maps."""
+"""Predicting more than label maps: samples of whole images, uncertainty, derived quantities."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import nibabel
 import numpy as np
 import SimpleITK
 import torch
@@ -17,6 +18,9 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from torch import Tensor
 
+from nnunet_multimodal.errors import UserError
+
+RESERVED = {"dataset", "plans", "predict_from_raw_data_args"}  # files of nnU-Net beside the predictions
 Predictor = TypeVar("Predictor", bound="ModelPredictor")
 
 
@@ -76,7 +80,7 @@ class ModelPredictor(nnUNetPredictor):
         """The predictor of a trained model.
 
         Raises:
-            ValueError: no trained fold, or a model whose images nnU-Net reorients.
+            UserError: no trained fold, or a model whose images nnU-Net reorients.
         """
         if folds is None:
             found = sorted(path.parent.name for path in Path(model_folder).glob(f"fold_*/{checkpoint}"))
@@ -84,38 +88,36 @@ class ModelPredictor(nnUNetPredictor):
             folds = numbered or [name.removeprefix("fold_") for name in found]
         for fold in folds:
             if not (Path(model_folder) / f"fold_{fold}" / checkpoint).is_file():
-                raise ValueError(
-                    f"no fold_{fold}/{checkpoint} in {model_folder}; train that fold, or give others to -f"
-                )
+                raise UserError(f"no fold_{fold}/{checkpoint} in {model_folder}; train that fold, or give others to -f")
         if not folds:
-            raise ValueError(f"no fold_*/{checkpoint} in {model_folder}; train the model, or see -d, -tr, -p, -c, -chk")
+            raise UserError(f"no fold_*/{checkpoint} in {model_folder}; train the model, or see -d, -tr, -p, -c, -chk")
         on_device = on_device and device.type == "cuda"
         predictor = cls(step_size, True, use_mirroring, on_device, device, allow_tqdm=progress_bar)
         predictor.initialize_from_trained_model_folder(model_folder, folds, checkpoint)
         reader = predictor.plans_manager.plans["image_reader_writer"]
         if "Reorient" in reader:
-            raise ValueError(
-                f"{model_folder} reads images with {reader}, which reorients them; maps cannot follow that"
-            )
+            raise UserError(f"{model_folder} reads images with {reader}, which reorients them; maps cannot follow that")
         return predictor
 
     def cases(self, folder: str, previous_stage: str | None) -> list[Case]:
         """The cases in a folder.
 
         Raises:
-            ValueError: none there, or a cascade without the predictions of its previous stage.
+            UserError: none there, a name of nnU-Net's own files, or a cascade without its previous stage's predictions.
         """
         ending = self.dataset_json["file_ending"]
         files = create_lists_from_splitted_dataset_folder(folder, ending)
         if not files:
-            raise ValueError(f"no image ending in _0000{ending} in {folder}; give nnU-Net's file names, or another -i")
+            raise UserError(f"no image ending in _0000{ending} in {folder}; give nnU-Net's file names, or another -i")
         stage = self.configuration_manager.previous_stage_name
         if stage is not None and previous_stage is None:
-            raise ValueError(
+            raise UserError(
                 f"{stage} comes before this configuration; give the folder of its predictions with "
                 "-prev_stage_predictions"
             )
         names = [os.path.basename(images[0])[: -len(ending) - 5] for images in files]
+        for name in RESERVED & set(names):
+            raise UserError(f"{folder} has a case named {name!r}, whose {name}.json nnU-Net writes itself; rename it")
         return [
             Case(name, images, None if stage is None else f"{previous_stage}/{name}{ending}")
             for name, images in zip(names, files, strict=True)
@@ -135,11 +137,22 @@ class ModelPredictor(nnUNetPredictor):
         return Preprocessed(torch.from_numpy(data), foreground, properties)
 
 
-def write_map(array: np.ndarray, like: str, path: Path) -> None:
-    """Write a map (*spatial, in SimpleITK's order) with the geometry of an image file; beside, then rename."""
-    reference = SimpleITK.ReadImage(like)
-    image = SimpleITK.GetImageFromArray(array.reshape(reference.GetSize()[::-1]))
-    image.CopyInformation(reference)
+def write_map(array: np.ndarray, like: str, properties: dict, path: Path) -> None:
+    """Write a map with the geometry of an image; beside, then rename.
+
+    Args:
+        array: (*spatial), in the order of nnU-Net's readers.
+        like: the image's file.
+        properties: what nnU-Net's reader told about it.
+        path: a NIfTI file.
+    """
     beside = path.with_name(f".{path.name}")
-    SimpleITK.WriteImage(image, str(beside), useCompression=True)
+    if "nibabel_stuff" in properties:  # nnU-Net takes nibabel for what SimpleITK refuses
+        affine = properties["nibabel_stuff"]["original_affine"]
+        nibabel.save(nibabel.Nifti1Image(array.transpose(2, 1, 0), affine), beside)
+    else:
+        reference = SimpleITK.ReadImage(like)
+        image = SimpleITK.GetImageFromArray(array.reshape(reference.GetSize()[::-1]))
+        image.CopyInformation(reference)
+        SimpleITK.WriteImage(image, str(beside), useCompression=True)
     beside.replace(path)

@@ -10,17 +10,21 @@ mean prediction. Beside it:
   distribution/CASE.npz                what the samples are drawn from    (--save-distribution)
 
 Models with the SSN head are sampled; all other models, nnU-Net's own included, have their folds and mirrors as samples.
+All folds are held at once: (2 + rank) x labels x voxels x 2 bytes each, or (2 + mirrors) x labels x voxels x 2 bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
+import itertools
 import json
+import math
+import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.inference.base import Case, Preprocessed, add_model_arguments, model_folder, write_map
 from nnunet_multimodal.inference.maps import MAPS, RunningMaps
 from nnunet_multimodal.inference.quantities import RunningQuantities
@@ -48,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--continue_prediction", action="store_true", help="leave out cases that are predicted")
     parser.add_argument("--disable_progress_bar", action="store_true", help="for logs")
     parser.add_argument("--not_on_device", action="store_true", help="keep the blended image off the GPU")
+    parser.add_argument("--verbose", action="store_true", help="as nnUNetv2_predict's")
+    parser.add_argument("-nps", type=int, default=0, help="accepted for nnU-Net's scripts; results are written here")
     parser.add_argument("-npp", type=int, default=1, help="cases to preprocess ahead, 0: none (default: 1)")
     parser.add_argument("-num_parts", type=int, default=1, help="calls that share the folder (default: 1)")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0 (default: 0)")
@@ -73,12 +80,9 @@ def run(args: argparse.Namespace) -> int:
     """Predict a folder; returns the exit status.
 
     Raises:
-        ValueError: a flag out of its range, or a label that does not exist.
+        UserError: a flag out of its range, or a label that does not exist.
     """
-    if args.samples < 1:
-        raise ValueError(f"--samples {args.samples}: at least one is needed; nnUNetv2_predict predicts without any")
-    if not 0 <= args.part_id < args.num_parts:
-        raise ValueError(f"-part_id {args.part_id} must be at least 0 and less than -num_parts {args.num_parts}")
+    check_flags(args)
     device = torch.device(args.device)
     predictor = SamplePredictor.from_model(
         model_folder(args),
@@ -90,11 +94,12 @@ def run(args: argparse.Namespace) -> int:
         on_device=not args.not_on_device,
         progress_bar=not args.disable_progress_bar,
     )
+    predictor.verbose = args.verbose
     output = Path(args.o)
     writer = CaseWriter(predictor, args, output)
     cases = predictor.cases(args.i, args.prev_stage_predictions)[args.part_id :: args.num_parts]
     if args.continue_prediction:
-        cases = [case for case in cases if not writer.summary_file(case).is_file()]
+        cases = [case for case in cases if not writer.is_complete(case)]
     output.mkdir(parents=True, exist_ok=True)
     for name, content in (("dataset", predictor.dataset_json), ("plans", predictor.plans_manager.plans)):
         _write_json(content, output / f"{name}.json")  # nnU-Net's evaluation and postprocessing read them here
@@ -105,6 +110,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise a UserError if a flag is out of its range."""
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples}: at least one is needed; nnUNetv2_predict predicts without any")
+    if args.seed < 0 or not math.isfinite(args.temperature) or args.npp < 0:
+        raise UserError(
+            f"--seed {args.seed}, --temperature {args.temperature}, -npp {args.npp}: the seed and -npp must be at "
+            "least 0, the temperature a finite number"
+        )
+    if not 0 <= args.part_id < args.num_parts:
+        raise UserError(f"-part_id {args.part_id} must be at least 0 and less than -num_parts {args.num_parts}")
+
+
 def preprocess_ahead(predictor: SamplePredictor, cases: list[Case], ahead: int) -> Iterator[tuple[Case, Preprocessed]]:
     """Cases with their preprocessed data, some of which are read while others are predicted."""
     if ahead == 0:
@@ -112,13 +130,12 @@ def preprocess_ahead(predictor: SamplePredictor, cases: list[Case], ahead: int) 
         return
     with ThreadPoolExecutor(ahead) as pool:
         try:
-            queued = [pool.submit(predictor.preprocess, case) for case in cases[: ahead + 1]]
+            queued = [pool.submit(predictor.preprocess, case) for case in cases[:ahead]]
             for index, case in enumerate(cases):
                 preprocessed = queued.pop(0).result()
-                if index + ahead + 1 < len(cases):
-                    queued.append(pool.submit(predictor.preprocess, cases[index + ahead + 1]))
+                if index + ahead < len(cases):
+                    queued.append(pool.submit(predictor.preprocess, cases[index + ahead]))
                 yield case, preprocessed
-                del preprocessed
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -148,6 +165,39 @@ class CaseWriter:
         """CASE.json."""
         return self.output / f"{case.name}.json"
 
+    def settings(self) -> dict[str, Any]:
+        """What the samples depend on, besides model and case."""
+        args = self.args
+        return {
+            "samples_wanted": args.samples,
+            "seed": args.seed,
+            "temperature": args.temperature,
+            "class_scale": args.class_scale,
+        }
+
+    def files(self, case: Case) -> dict[str, list[Path]]:
+        """What earlier runs left of a case beside its label map and CASE.json, by what asks for it."""
+        name = glob.escape(case.name)
+        patterns = {
+            "samples": f"samples/{name}__[0-9]*{self.ending}",
+            **{map_: f"uncertainty/{name}_{map_}.nii.gz" for map_ in MAPS},
+            "distribution": f"distribution/{name}.npz",
+            "probabilities": f"{name}.npz",
+            "properties": f"{name}.pkl",
+        }
+        return {kind: sorted(self.output.glob(pattern)) for kind, pattern in patterns.items()}
+
+    def is_complete(self, case: Case) -> bool:
+        """Whether all that the flags ask for is there, made with the same settings."""
+        if not self.summary_file(case).is_file():
+            return False
+        summary, there = json.loads(self.summary_file(case).read_text()), self.files(case)
+        wanted = dict.fromkeys(self.args.maps, True)
+        wanted |= {"samples": self.args.save_samples, "distribution": self.args.save_distribution}
+        wanted |= {"probabilities": self.args.save_probabilities}
+        complete = all(there[kind] for kind, needed in wanted.items() if needed)
+        return complete and {key: summary.get(key) for key in self.settings()} == self.settings()
+
     def foreground_labels(self) -> dict[str, Any]:
         """Names and values of all labels or regions but background and ignore label."""
         labels = self.predictor.dataset_json["labels"]
@@ -157,7 +207,7 @@ class CaseWriter:
         """Factors (C,) of ``--class-scale``, None without one.
 
         Raises:
-            ValueError: not NAME=FACTOR, or no such label.
+            UserError: not NAME=FACTOR, or no such label.
         """
         if not self.args.class_scale:
             return None
@@ -165,30 +215,38 @@ class CaseWriter:
         if self.labels.has_regions:
             names = list(self.foreground_labels())
         else:
-            names = sorted((name for name in labels if name != "ignore"), key=lambda name: int(labels[name]))
+            names = sorted((n for n in labels if n != "ignore"), key=lambda n: int(np.atleast_1d(labels[n])[0]))
         factors = torch.ones(len(names))
         for item in self.args.class_scale:
             name, _, factor = item.partition("=")
             try:
                 factors[names.index(name)] = float(factor)
+                finite = math.isfinite(float(factor))
             except ValueError:
-                raise ValueError(
+                finite = False
+            if not finite:
+                raise UserError(
                     f"--class-scale {item!r} is not NAME=FACTOR with a number and one of the names {', '.join(names)}"
-                ) from None
+                )
         return factors
 
     def write(self, case: Case, preprocessed: Preprocessed) -> None:
-        """Predict and write a case."""
+        """Predict and write a case; what an earlier run left of it goes first."""
+        for path in (self.summary_file(case), *itertools.chain(*self.files(case).values())):
+            path.unlink(missing_ok=True)
         for folder in self._folders():
             (self.output / folder).mkdir(parents=True, exist_ok=True)
         distribution = self.predictor.predict_distribution(preprocessed.data, preprocessed.foreground)
         properties = preprocessed.properties
-        del preprocessed
         if self.args.save_distribution:
             self._write_distribution(case, distribution)
         prediction = self._write_mean(case, distribution.mean, properties)
         maps, quantities = RunningMaps(self.labels.has_regions), self._quantities(properties)
         count = distribution.count(self.args.samples)
+        if count < self.args.samples:
+            tqdm.write(
+                f"{case.name}: {count} of {self.args.samples} samples; a deterministic model has no more members"
+            )
         for index, logits in enumerate(self._samples(case, distribution)):
             segmentation, probabilities = self._to_image(logits, properties)
             if self.args.maps:
@@ -196,21 +254,24 @@ class CaseWriter:
             quantities.add(segmentation)
             if self.args.save_samples:
                 self._write_labels(segmentation, self.output / "samples" / f"{case.name}__{index:03d}", properties)
-        for name in self.args.maps:
-            path = self.output / "uncertainty" / f"{case.name}_{name}.nii.gz"
-            write_map(maps.maps()[name].numpy(), case.images[0], path)
+        if self.args.maps:
+            self._write_maps(case, maps.maps(), properties)
         summary = {
             "case": case.name,
             "samples": count,
             "sample_weights": None,
-            "seed": self.args.seed,
-            "temperature": self.args.temperature,
-            "class_scale": self.args.class_scale,
+            **self.settings(),
             "drawn_from": "members (folds and mirrors)" if distribution.members else "distribution",
             "trainer": self.predictor.trainer_name,
+            "spacing": [float(size) for size in properties["spacing"]],  # nnU-Net's TIFF reader looks for it here
             "labels": quantities.summary(prediction),
         }
         _write_json(summary, self.summary_file(case))
+
+    def _write_maps(self, case: Case, maps: dict[str, Tensor], properties: dict) -> None:
+        for name in self.args.maps:
+            path = self.output / "uncertainty" / f"{case.name}_{name}.nii.gz"
+            write_map(maps[name].numpy(), case.images[0], properties, path)
 
     def _folders(self) -> list[str]:
         wanted = {
@@ -234,8 +295,9 @@ class CaseWriter:
         )  # fmt: skip
 
     def _quantities(self, properties: dict) -> RunningQuantities:
-        natural = "NaturalImage" in self.predictor.plans_manager.plans["image_reader_writer"]  # has no spacing
-        voxel_ml = None if natural else prod(map(float, properties["spacing"])) / 1000
+        flat = len(properties.get("sitk_stuff", {}).get("spacing", "xyz")) == 2  # nnU-Net invents a third spacing
+        natural = "NaturalImage" in self.predictor.plans_manager.plans["image_reader_writer"]  # has no spacing at all
+        voxel_ml = None if flat or natural else math.prod(map(float, properties["spacing"])) / 1000
         return RunningQuantities(self.foreground_labels(), voxel_ml)
 
     def _write_mean(self, case: Case, mean: Tensor, properties: dict) -> np.ndarray:
@@ -245,27 +307,35 @@ class CaseWriter:
             mean, properties, predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json,
             str(beside), self.args.save_probabilities, torch.get_num_threads(),
         )  # fmt: skip
-        for ending in (".npz", ".pkl", self.ending):
-            if Path(f"{beside}{ending}").is_file():
-                Path(f"{beside}{ending}").replace(self.output / f"{case.name}{ending}")
+        _rename(beside, self.output / case.name, ".npz", ".pkl", ".json", self.ending)
         reader = predictor.plans_manager.image_reader_writer_class()
         return reader.read_seg(str(self.output / f"{case.name}{self.ending}"))[0][0].astype(np.int64)
 
     def _write_labels(self, segmentation: np.ndarray, path: Path, properties: dict) -> None:
-        beside = path.with_name(f".{path.name}{self.ending}")
-        self.predictor.plans_manager.image_reader_writer_class().write_seg(segmentation, str(beside), properties)
-        beside.replace(f"{path}{self.ending}")
+        beside = path.with_name(f".{path.name}")
+        reader = self.predictor.plans_manager.image_reader_writer_class()
+        reader.write_seg(segmentation, f"{beside}{self.ending}", properties)
+        _rename(beside, path, ".json", self.ending)
 
     def _write_distribution(self, case: Case, distribution: ImageDistribution) -> None:
         path = self.output / "distribution" / f"{case.name}.npz"
         beside = path.with_name(f".{path.name}")
-        arrays = {f"fold_{i}": fold.blendable()[0].half().numpy() for i, fold in enumerate(distribution.folds)}
-        arrays |= {f"member_{i}": member.half().numpy() for i, member in enumerate(distribution.members)}
-        np.savez_compressed(beside, allow_pickle=False, mean=distribution.mean.numpy(), **arrays)
+        arrays: dict[str, Any] = {"mean": distribution.mean.numpy()}
+        for index, fold in enumerate(distribution.folds):
+            arrays |= {f"fold_{index}_{name}": value.numpy() for name, value in vars(fold).items()}
+        arrays |= {f"member_{index}": member.numpy() for index, member in enumerate(distribution.members)}
+        np.savez_compressed(beside, **arrays)
         beside.replace(path)
 
 
+def _rename(beside: Path, path: Path, *endings: str) -> None:
+    """Give files that were written beside their names, as far as they are there."""
+    for ending in endings:
+        if Path(f"{beside}{ending}").is_file():
+            Path(f"{beside}{ending}").replace(f"{path}{ending}")
+
+
 def _write_json(content: Any, path: Path) -> None:
-    beside = path.with_name(f".{path.name}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")  # parts of a folder may run side by side
     beside.write_text(json.dumps(content, indent=2) + "\n")
     beside.replace(path)

@@ -18,6 +18,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_imag
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.inference.base import Case, ModelPredictor, add_model_arguments, model_folder, write_map
 from nnunet_multimodal.network import MultimodalUNet, unwrap
 
@@ -36,10 +37,10 @@ def run(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     scores: dict[str, dict[str, float]] = {}
     for case in tqdm(predictor.cases(args.i, args.prev_stage_predictions), desc="uncertainty", unit="case"):
-        maps, means = predictor.predict_case(case)
+        maps, means, properties = predictor.predict_case(case)
         scores[case.name] = dict(zip(predictor.modality_names(), means, strict=True))
         for modality, uncertainty in enumerate(maps):
-            write_map(uncertainty, case.images[0], output / f"{case.name}_{modality:04d}.nii.gz")
+            write_map(uncertainty, case.images[0], properties, output / f"{case.name}_{modality:04d}.nii.gz")
     beside = output / "uncertainty.json.part"
     beside.write_text(json.dumps(scores, indent=2) + "\n")
     beside.replace(output / "uncertainty.json")
@@ -53,11 +54,11 @@ class UncertaintyPredictor(ModelPredictor):
         """Make room for modalities in nnU-Net's buffer, which it sizes by the number of classes.
 
         Raises:
-            ValueError: a model of another package.
+            UserError: a model of another package.
         """
         network = unwrap(self.network)
         if not isinstance(network, MultimodalUNet):
-            raise ValueError(f"{self.trainer_name} has no modality uncertainty; CRNPTrainer's models have")
+            raise UserError(f"{self.trainer_name} has no modality uncertainty; CRNPTrainer's models have")
         self.label_manager = SimpleNamespace(num_segmentation_heads=network.num_modalities)
 
     def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
@@ -69,8 +70,8 @@ class UncertaintyPredictor(ModelPredictor):
         names = [str(names[key]) for key in sorted(names, key=int)]
         return ["+".join(names[channel] for channel in group) for group in unwrap(self.network).groups]
 
-    def predict_case(self, case: Case) -> tuple[np.ndarray, list[float]]:
-        """Maps (M, *spatial) of one case on its own grid, zero outside nnU-Net's crop, and their means inside it."""
+    def predict_case(self, case: Case) -> tuple[np.ndarray, list[float], dict]:
+        """Maps (M, *spatial) of a case on its own grid, zero outside nnU-Net's crop, means inside it, properties."""
         data, _, properties = self.preprocess(case)
         maps = self.predict_logits_from_preprocessed_data(data).float()
 
@@ -82,4 +83,4 @@ class UncertaintyPredictor(ModelPredictor):
         whole = np.zeros((len(maps), *properties["shape_before_cropping"]), dtype=np.float32)
         whole = insert_crop_into_image(whole, maps, properties["bbox_used_for_cropping"])
         means = [float(uncertainty.mean()) for uncertainty in maps]
-        return whole.transpose([0] + [axis + 1 for axis in plans.transpose_backward]), means
+        return whole.transpose([0] + [axis + 1 for axis in plans.transpose_backward]), means, properties

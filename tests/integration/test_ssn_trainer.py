@@ -93,7 +93,8 @@ def test_everything_that_can_be_written_is(trained, tmp_path):
     total = maps["expected_entropy"] + maps["mutual_information"]
     np.testing.assert_allclose(maps["entropy"], total, atol=1e-5)
     parameters = np.load(output / "distribution" / "case_0.npz")
-    assert parameters["fold_0"].shape[0] == 3 * (10 + 2)
+    assert parameters["fold_0_cov_factor"].shape[:3] == (1, 10, 3)
+    assert parameters["fold_0_cov_diag"].shape == (1, *parameters["mean"].shape)
     assert not [path for path in output.rglob("*") if path.name.startswith(".")]
 
 
@@ -144,6 +145,15 @@ def test_an_interrupted_prediction_is_continued_where_it_stopped(trained, tmp_pa
     assert [name for name in after if after[name] != before[name]] == ["case_3.json"]
 
 
+def test_predicting_again_leaves_nothing_of_the_earlier_run(trained, tmp_path):
+    flags = ("--save-samples", "--save_probabilities")
+    predict(trained, SHORT, tmp_path, "--samples", 3, *flags)
+    predict(trained, SHORT, tmp_path, "--samples", 2, "--save-samples", "--maps", "entropy", "--continue_prediction")
+    assert names(tmp_path / "samples") == [f"case_{c}__00{i}.nii.gz" for c in range(5) for i in (0, 1)]
+    assert names(tmp_path / "uncertainty") == [f"case_{c}_entropy.nii.gz" for c in range(5)]
+    assert not list(tmp_path.glob("*.npz"))
+
+
 def test_cascades_regions_and_two_dimensions(datasets, tmp_path):
     nnunet = datasets("regions_ignore")
     nnunet.train(SHORT, "2d")
@@ -168,6 +178,9 @@ def test_cascades_regions_and_two_dimensions(datasets, tmp_path):
         (("--samples", 0), "--samples 0"),
         (("--class-scale", "liver=2"), "liver=2.*background, organ, lesion"),
         (("--class-scale", "organ=big"), "organ=big"),
+        (("--class-scale", "organ=nan"), "organ=nan"),
+        (("--seed", -1), "--seed -1"),
+        (("--temperature", "inf"), "--temperature inf"),
         (("-part_id", 2), "-part_id 2"),
         (("-f", 3), "no fold_3"),
     ],
@@ -176,6 +189,21 @@ def test_wrong_flags_are_refused_before_anything_is_written(trained, tmp_path, f
     with pytest.raises(ValueError, match=message):
         predict(trained, SHORT, tmp_path / "output", *flags)
     assert not (tmp_path / "output").exists()
+
+
+def test_case_names_of_nnunets_own_files_are_refused(trained, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "plans_0000.nii.gz").touch()
+    with pytest.raises(ValueError, match="case named 'plans'"):
+        predict(trained, SHORT, tmp_path / "output", images=tmp_path / "images")
+
+
+def test_the_command_says_what_is_wrong_without_a_traceback(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["nnunet-multimodal", "predict", "-i", "x", "-o", "y", "-d", "900", "-c", "2d", "--samples", "0"]
+    )
+    with pytest.raises(SystemExit, match="nnunet-multimodal: --samples 0"):
+        cli.entry_point()
 
 
 def test_an_empty_folder_is_refused(trained, tmp_path):

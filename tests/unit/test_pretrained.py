@@ -93,13 +93,27 @@ def test_another_topology_is_refused_with_file_and_remedy(checkpoint, residual):
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
 
-def test_our_own_checkpoints_and_stock_networks_are_nnunets_business(checkpoint, residual, tmp_path):
-    file, stock = checkpoint
-    trained, ours = network("crnp", residual), network("crnp", residual)
+@pytest.mark.parametrize(("from_head", "to_head"), [("deterministic", "ssn"), ("ssn", "deterministic"), ("ssn", "ssn")])
+def test_of_our_own_checkpoints_the_backbone_is_taken_over_whatever_the_head(residual, tmp_path, from_head, to_head):
+    options = {"num_image_channels": 3, **unet_kwargs(3, residual)}
+    trained = MultimodalUNet(5, 4, backbone="crnp", head=from_head, **options)  # other labels
+    ours = MultimodalUNet(5, 2, backbone="crnp", head=to_head, **options)
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
     torch.save({"network_weights": trained.state_dict()}, tmp_path / "ours.pth")
     load_pretrained_weights(ours, str(tmp_path / "ours.pth"))
     for key, value in ours.state_dict().items():
-        assert torch.equal(value, trained.state_dict()[key]) or "seg_layers" in key
+        source = trained.state_dict() if key.startswith("backbone.") else before
+        assert torch.equal(value, source[key]), key
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(residual, tmp_path):
+    torch.save({"network_weights": network("early", residual).state_dict()}, tmp_path / "early.pth")
+    with pytest.raises(ValueError, match=r"is not in .*early\.pth.*backbone"):
+        load_pretrained_weights(network("crnp", residual), str(tmp_path / "early.pth"))
+
+
+def test_stock_networks_are_nnunets_business(checkpoint, residual):
+    file, stock = checkpoint
     fresh = type(stock)(5, num_classes=4, deep_supervision=True, **unet_kwargs(3, residual))
     load_pretrained_weights(fresh, file)
     for key, value in fresh.encoder.state_dict().items():

@@ -8,7 +8,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch.nn import functional as F
 
-from nnunet_multimodal.heads import ssn
+from nnunet_multimodal.heads import ssn, streamed
 from nnunet_multimodal.heads.ssn import LowRankGaussianLogits, encode_target
 from nnunet_multimodal.network import MultimodalUNet
 from tests.contracts import MODALITIES, NetworkContract, unet_kwargs
@@ -96,7 +96,7 @@ def noise_of(draw, batch, rank, shape, chunk):
 
 def brute_force(distribution, target, pairs, seed, regions, valid, chunk):
     """Every sample materialised; log-probabilities by torch's own losses."""
-    draw = ssn._Draw(pairs, seed, torch.device("cpu"))
+    draw = streamed.Noise(pairs, seed, torch.device("cpu"))
     weights, noise = noise_of(draw, SHAPE[0], RANK, SHAPE[1:], chunk)
     deviation = torch.einsum("bpr,brcxy->pbcxy", weights, distribution.cov_factor)
     deviation = deviation + noise * distribution.cov_diag.sqrt()
@@ -118,9 +118,9 @@ def test_the_likelihood_and_its_gradients_equal_brute_force_with_the_same_noise(
     valid = torch.rand(2, 1, *SHAPE[2:], generator=generator(2)) > 0.4 if masked else None
     seed = int(torch.randint(2**62, (), generator=generator(5)))
     results = []
-    for streamed in (True, False):
+    for ours in (True, False):
         distribution = gaussian(requires_grad=True)
-        if streamed:
+        if ours:
             value = distribution.log_likelihood(target, 8, regions, valid, generator(5), chunk)
         else:
             value = brute_force(distribution, target, 4, seed, regions, valid, chunk)
@@ -147,14 +147,14 @@ def test_samples_without_weight_are_left_out_without_changing_the_gradient(monke
     """Whole maps make all shares but the largest vanish; the gradient is the same as with all pairs."""
     shape = (1, 3, 2000)
     target, gradients, used = indicator(shape), [], []
-    counting = ssn._pairs_that_count
+    counting = streamed._pairs_that_count
     for everything in (False, True):
 
         def pairs(gradient, everything=everything):
             used.append(counting(gradient))
             return [list(range(10))] if everything else used[-1]
 
-        monkeypatch.setattr(ssn, "_pairs_that_count", pairs)
+        monkeypatch.setattr(streamed, "_pairs_that_count", pairs)
         distribution = gaussian(torch.float32, shape=shape, requires_grad=True)
         distribution.log_likelihood(target, 20, generator=generator(4)).sum().backward()
         gradients.append((distribution.loc.grad, distribution.cov_factor.grad, distribution.cov_diag.grad))
@@ -163,14 +163,42 @@ def test_samples_without_weight_are_left_out_without_changing_the_gradient(monke
         torch.testing.assert_close(few, every)
 
 
+def test_what_is_not_finite_stays_visible_in_the_gradient():
+    for value in (math.nan, math.inf):
+        distribution = gaussian(torch.float32, requires_grad=True)
+        with torch.no_grad():
+            distribution.cov_factor[0, 0, 0, 0, 0] = value
+        distribution.log_likelihood(indicator(), 4, generator=generator()).sum().backward()
+        assert not torch.isfinite(distribution.cov_factor.grad).all()
+
+
+def test_large_maps_are_summed_exactly():
+    """A hundred thousand voxels in one chunk, logits of 20: float32 sums would be wrong by tenths of a nat."""
+    shape = (1, 2, 2**17)
+    single = gaussian(torch.float32, shape=shape)
+    single = LowRankGaussianLogits(20 * single.loc, single.cov_factor, single.cov_diag)
+    target = single.loc == single.loc.amax(1, keepdim=True)
+    double = LowRankGaussianLogits(single.loc.double(), single.cov_factor.double(), single.cov_diag.double())
+    noise = streamed.Noise(1, 0, torch.device("cpu"))
+    weights, pixels = noise.weights(1, RANK, torch.float32), noise.voxels(0, [0], shape[1:], torch.float32)
+    deviation = torch.einsum("r,rcn->cn", weights[0, 0].double(), double.cov_factor[0])
+    deviation = deviation + pixels[0].double() * double.cov_diag[0].sqrt()
+    expected = [
+        -F.cross_entropy(double.loc + sign * deviation, target.double().argmax(1), reduction="sum") for sign in (1, -1)
+    ]
+    arguments = (single.loc, single.cov_factor, single.cov_diag.sqrt(), target, None, noise, False, 2**17)
+    actual = streamed.SampleLogLikelihood.apply(*arguments).flatten()
+    torch.testing.assert_close(actual, torch.stack(expected), atol=0.05, rtol=0)
+
+
 def test_soft_targets_are_allowed():
     """The likelihood of a soft target is that of its two labels, weighted, sample by sample."""
     distribution, one, other = gaussian(), indicator(), indicator().roll(1, 1)
     soft = distribution.log_likelihood(0.25 * one + 0.75 * other, 2, generator=generator())
-    draw = ssn._Draw(1, int(torch.randint(2**62, (), generator=generator())), torch.device("cpu"))
+    draw = streamed.Noise(1, int(torch.randint(2**62, (), generator=generator())), torch.device("cpu"))
     arguments = [t.flatten(2) for t in (distribution.loc, distribution.cov_diag.sqrt())]
     each = [
-        ssn._SampleLogLikelihood.apply(
+        streamed.SampleLogLikelihood.apply(
             arguments[0], distribution.cov_factor.flatten(3), arguments[1], y.flatten(2), None, draw, False, 100
         )
         for y in (one, other)
