@@ -27,6 +27,16 @@ def test_images_of_two_dimensions():
     assert measure(flat, LABELS) == {"whole": (3, 2), "core": (1, 1)}
 
 
+def test_noise_of_single_voxels_is_counted():
+    """cc3d fails on one of these."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        mask = rng.random((1, *rng.integers(1, 40, 2))) > rng.random()
+        voxels, lesions = measure(mask.astype(np.int64), {"noise": 1})["noise"]
+        assert voxels == mask.sum()
+        assert (lesions > 0) == mask.any()
+
+
 def test_intervals_over_samples_and_presence():
     quantities = RunningQuantities(LABELS, voxel_ml=0.5)
     for voxels in ([(0, 0, 0, 1)], [(0, 0, 0, 1), (0, 3, 3, 2)], [(0, 0, 0, 1)] * 1, []):
