@@ -244,9 +244,9 @@ class CaseWriter:
         maps, quantities = RunningMaps(self.labels.has_regions), self._quantities(properties)
         count = distribution.count(self.args.samples)
         if count < self.args.samples:
-            tqdm.write(
-                f"{case.name}: {count} of {self.args.samples} samples; a deterministic model has no more members"
-            )
+            tqdm.write(f"{case.name}: {count} of {self.args.samples} samples; this deterministic model has no more")
+        if count < len(distribution.folds):
+            tqdm.write(f"{case.name}: {count} samples for {len(distribution.folds)} folds; the last ones have none")
         for index, logits in enumerate(self._samples(case, distribution)):
             segmentation, probabilities = self._to_image(logits, properties)
             if self.args.maps:
