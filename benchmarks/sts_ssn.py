@@ -30,7 +30,7 @@ from nnunet_multimodal.metrics.surface import dice
 
 CONFIGURATION, PLANS, LABEL = "3d_fullres", "nnUNetDemoPlans", "tumour"
 TRAINERS = ("SSNTrainer", "nnUNetTrainer")
-TEMPERATURES = (0.5, 1.0, 1.5, 2.0)
+TEMPERATURES = (0.5, 1.0)
 # column of nnunet-multimodal evaluate -> ours
 SCORES = {
     "Dice": "dice",
