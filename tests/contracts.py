@@ -438,6 +438,7 @@ def _fixed_batches(trainer, get_dataloaders):
             generator = torch.Generator().manual_seed(1000 * trainer.current_epoch + step % 2)
             step += 1
             noise = torch.randn(template["data"].shape, generator=generator)
+            torch.manual_seed(1000 * trainer.current_epoch + step)  # for losses that draw samples
             yield {**template, "data": template["data"] + 0.1 * noise}
 
     return [batches(template) for template in templates]

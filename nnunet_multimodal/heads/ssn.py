@@ -49,8 +49,8 @@ from nnunet_multimodal.heads.streamed import Noise, SampleLogLikelihood
 
 EPSILON = 1e-5  # paper: added to the diagonal
 INITIAL_LOG_DIAGONAL, MAX_LOG_DIAGONAL = -4.0, 16.0
-# voxels whose samples are worked on at once: what fits a core's cache, or keeps a GPU busy
-CHUNK = {"cpu": 2**12, "cuda": 2**17}
+# voxels whose samples are worked on at once: few for little memory, enough to outweigh starting threads or kernels
+CHUNK = {"cpu": 2**14, "cuda": 2**17}
 GROUP, DRAW_CHUNK = 4, 2**16  # samples and voxels of a whole image
 
 
