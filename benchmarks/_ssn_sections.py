@@ -50,9 +50,8 @@ def ssn_loss(result: Result, table: Table) -> str:
     for allocator, by_threads in result["time"].items():
         for threads, kinds in by_threads.items():
             for kind, of in kinds.items():
-                rows.append(
-                    (f"{allocator} allocator, {threads}, {kind}", *(seconds(s) for s in of["seconds"].values()))
-                )
+                name = f"{allocator} allocator, threads: {threads}, {kind}"
+                rows.append((name, *(seconds(s) for s in of["seconds"].values())))
     contenders = list(next(iter(next(iter(next(iter(result["time"].values())).values())).values()))["seconds"])
     memory = [(kind, *(f"{mib:.0f}" for mib in peak.values())) for kind, peak in result["memory"]["peak_mib"].items()]
     text = [
