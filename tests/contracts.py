@@ -435,10 +435,10 @@ def _fixed_batches(trainer, get_dataloaders):
     def batches(template):
         step = 0
         while True:
-            generator = torch.Generator().manual_seed(1000 * trainer.current_epoch + step % 2)
+            seed = 1000 * trainer.current_epoch + step % 2
             step += 1
-            noise = torch.randn(template["data"].shape, generator=generator)
-            torch.manual_seed(1000 * trainer.current_epoch + step)  # for losses that draw samples
+            noise = torch.randn(template["data"].shape, generator=torch.Generator().manual_seed(seed))
+            torch.manual_seed(seed)  # for losses that draw samples
             yield {**template, "data": template["data"] + 0.1 * noise}
 
     return [batches(template) for template in templates]
