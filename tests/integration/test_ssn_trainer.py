@@ -15,11 +15,6 @@ SHORT = "SSNTrainer_1epoch_2iterations"
 
 class TestSSNTrainer(TrainerContract):
     trainer = "SSNTrainer"
-    test_cascade_trains_and_predicts = None  # below, with our own prediction
-
-    @pytest.mark.parametrize(("kind", "configuration"), [("labels", "2d"), ("regions", "3d_fullres"), ("ignore", "2d")])
-    def test_trains_validates_and_predicts(self, datasets, tmp_path, kind, configuration):
-        super().test_trains_validates_and_predicts(datasets, tmp_path, kind, configuration)
 
 
 def test_head_and_backbone_combine(datasets, tmp_path):
