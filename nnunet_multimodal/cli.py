@@ -14,6 +14,7 @@ from nnunet_multimodal.errors import UserError
 COMMANDS = {
     "doctor": ("nnunet_multimodal.doctor", "check the installation and say what is wrong with it"),
     "demo": ("nnunet_multimodal.demo", "plain nnU-Net and CRNP side by side, on synthetic data or on yours"),
+    "complete": ("nnunet_multimodal.complete", "placeholders for the modalities that cases lack, and back"),
     "predict": ("nnunet_multimodal.inference.predict", "nnUNetv2_predict with samples, uncertainty maps and intervals"),
     "evaluate": ("nnunet_multimodal.evaluate", "Dice, HD95, surface distance, D_GED^2 and calibration of a folder"),
     "uncertainty": ("nnunet_multimodal.inference.uncertainty", "maps of each modality's uncertainty for whole images"),

@@ -13,31 +13,43 @@ from importlib import import_module
 
 TRAINERS = "nnunetv2.training.nnUNetTrainer"
 PLANNING = "nnunetv2.experiment_planning"
+PREPROCESSING = "nnunetv2.preprocessing"
 
-# How backbones and heads (registries in nnunet_multimodal.backbones and .heads) appear in the name of a trainer,
-# backbone first: CRNPSSNTrainer. Nothing here may import torch: every start of Python reads this module's tables.
-_BACKBONES = {"early": "", "crnp": "CRNP"}
+# How backbones and heads (registries in nnunet_multimodal.backbones and .heads) and modality dropout appear in the name
+# of a trainer, in this order: CRNPSSNModalityDropoutTrainer. Nothing here may import torch: every start of Python reads
+# this module's tables.
+_BACKBONES = {"early": "", "crnp": "CRNP", "shaspec": "ShaSpec"}
 _HEADS = {"deterministic": "", "ssn": "SSN", "ssn_diagonal": "SSNDiagonal"}
+_MODALITY_DROPOUT = {False: "", True: "ModalityDropout"}
 
 
-def _trainer_name(backbone: str, head: str) -> str:
-    return f"{_BACKBONES[backbone]}{_HEADS[head]}" or "EarlyFusion"
+def _trainer_name(backbone: str, head: str, modality_dropout: bool) -> str:
+    return f"{_BACKBONES[backbone]}{_HEADS[head]}{_MODALITY_DROPOUT[modality_dropout]}" or "EarlyFusion"
 
 
-# trainer -> (backbone, head)
-COMBINATIONS = {f"{_trainer_name(*pair)}Trainer": pair for pair in itertools.product(_BACKBONES, _HEADS)}
+# trainer -> (backbone, head, whether it drops modalities)
+COMBINATIONS = {
+    f"{_trainer_name(*parts)}Trainer": parts for parts in itertools.product(_BACKBONES, _HEADS, _MODALITY_DROPOUT)
+}
+
+# Planners are nnU-Net's, for the memory of a backbone with several encoders: nnUNetPlannerCRNPResEncL.
+ENCODER_PLANS = ("", "ResEncM", "ResEncL", "ResEncXL")
+# planner -> (backbone, nnU-Net's encoder)
+PLANNERS = {
+    f"nnUNetPlanner{_BACKBONES[backbone]}{encoder}": (backbone, encoder)
+    for backbone, encoder in itertools.product(("crnp", "shaspec"), ENCODER_PLANS)
+}
 
 # The package that nnU-Net searches -> our class -> our module.
 CLASSES: dict[str, dict[str, str]] = {
     TRAINERS: dict.fromkeys(COMBINATIONS, "nnunet_multimodal.trainers.combinations"),
     PLANNING: {
-        "nnUNetPlannerCRNP": "nnunet_multimodal.plans.crnp",
-        "nnUNetPlannerCRNPResEncM": "nnunet_multimodal.plans.crnp",
-        "nnUNetPlannerCRNPResEncL": "nnunet_multimodal.plans.crnp",
-        "nnUNetPlannerCRNPResEncXL": "nnunet_multimodal.plans.crnp",
+        **dict.fromkeys(PLANNERS, "nnunet_multimodal.plans.combinations"),
         "nnUNetPlannerCPU": "nnunet_multimodal.plans.cpu",
         "nnUNetPlannerTiny": "nnunet_multimodal.plans.cpu",
+        "MultimodalFingerprintExtractor": "nnunet_multimodal.preprocessing",
     },
+    PREPROCESSING: {"MultimodalPreprocessor": "nnunet_multimodal.preprocessing"},
 }
 
 _LENGTH = re.compile(r"(?P<base>.+?)(?:_(?P<epochs>\d+)epochs?)?(?:_(?P<iterations>\d+)iterations?)?$")
@@ -121,7 +133,7 @@ def trainers_of_combinations(module: str, base: type) -> Callable[[str], type]:
 
     Args:
         module: name of that module.
-        base: the trainer that takes ``backbone`` and ``head``.
+        base: the trainer that takes ``backbone``, ``head`` and ``modality_dropout``.
     """
     made: dict[str, type] = {}
 
@@ -130,9 +142,15 @@ def trainers_of_combinations(module: str, base: type) -> Callable[[str], type]:
         if combination not in COMBINATIONS:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         if combination not in made:
-            backbone, head = COMBINATIONS[combination]
-            doc = f"nnU-Net's trainer with the {backbone!r} backbone and the {head!r} head."
-            members = {"backbone": backbone, "head": head, "__module__": module, "__doc__": doc}
+            backbone, head, modality_dropout = COMBINATIONS[combination]
+            dropping = ", dropping modalities in training" if modality_dropout else ""
+            members = {
+                "backbone": backbone,
+                "head": head,
+                "modality_dropout": modality_dropout,
+                "__module__": module,
+                "__doc__": f"nnU-Net's trainer with the {backbone!r} backbone and the {head!r} head{dropping}.",
+            }
             made[combination] = type(combination, (base,), members)
         return made[combination] if length == [None, None] else trainer_with_length(made[combination], name)
 

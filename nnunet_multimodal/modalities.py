@@ -10,7 +10,11 @@ undoes it in training: zeros are for prediction, NaN is for both). A modality of
 them is. A patch in which nothing is present (a tile of air) counts as all present, but for channels with NaN.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,3 +56,78 @@ def check_groups(groups: Sequence[Sequence[int]], num_channels: int) -> tuple[tu
             "correct 'modalities' under 'nnunet_multimodal' in the plans file"
         )
     return checked
+
+
+def check_dedicated(dedicated: Sequence[int] | None, num_modalities: int) -> list[int]:
+    """The modalities that a network dedicated to some of them does not look at; none if it is not.
+
+    Raises:
+        ValueError: it names none, one twice, or one that does not exist.
+    """
+    if dedicated is None:
+        return []
+    if not dedicated or not set(dedicated) <= set(range(num_modalities)) or len(set(dedicated)) < len(dedicated):
+        raise ValueError(
+            f"dedicated {list(dedicated)} must name some of the {num_modalities} modalities 0..{num_modalities - 1}, "
+            "each once; correct 'dedicated' under 'nnunet_multimodal' in the plans file"
+        )
+    return [modality for modality in range(num_modalities) if modality not in dedicated]
+
+
+@dataclass(frozen=True)
+class ModalityDropout:
+    """Makes modalities absent at random in training, so that a network learns every subset of them.
+
+    A sample keeps a subset of the modalities that it has: their number is uniform from 1 to all, then each subset of
+    that size is as likely (Wang et al., CVPR 2023, the authors' code). Nothing is left without any.
+
+    Args:
+        probability: of a sample to lose modalities at all, once warmed up; its subset may still be all of them.
+        warm_up: the part of the epochs over which the probability rises linearly from 0.
+
+    Raises:
+        ValueError: a number outside 0 to 1.
+    """
+
+    probability: float = 1.0
+    warm_up: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise ValueError(
+                    f"modality_dropout: {name}={value!r} is not between 0 and 1; correct it in the plans file"
+                )
+
+    def rate(self, progress: float) -> float:
+        """The probability after a part of the epochs, 0 to 1."""
+        return self.probability * (min(1.0, progress / self.warm_up) if self.warm_up else 1.0)
+
+    def __call__(
+        self,
+        x: Tensor,
+        groups: Sequence[Sequence[int]],
+        progress: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images (B, C, *D) with NaN in every channel of the modalities that a sample loses.
+
+        Args:
+            x: image channels and any number of others behind them.
+            groups: image channels of each of M modalities.
+            progress: the part of the epochs that are done.
+            generator: of random numbers.
+        """
+        # as in split_present: NaN > 0 is False, and a tile of air has nothing to lose
+        present = torch.stack([x[:, list(g)].flatten(2).abs().amax(2).gt(0).all(1) for g in groups], 1).cpu()  # (B, M)
+        order = torch.rand(present.shape, generator=generator).masked_fill(~present, 2.0).argsort(1).argsort(1)
+        count = present.sum(1)
+        kept = 1 + (torch.rand(len(x), generator=generator) * count).long().clamp_max(count - 1)
+        drops = torch.rand(len(x), generator=generator) < self.rate(progress)
+        lost = present & (order >= kept[:, None]) & drops[:, None]
+        if not lost.any():
+            return x
+        x = x.clone()
+        for sample, modality in lost.nonzero().tolist():
+            x[sample, list(groups[modality])] = math.nan
+        return x

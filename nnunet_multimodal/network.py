@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -18,7 +19,7 @@ from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.backbones.base import Backbone, UNetTopology
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.heads.base import DistributionLoss, Head, LogitDistribution, SegmentationLoss
-from nnunet_multimodal.modalities import check_groups, split_present
+from nnunet_multimodal.modalities import check_dedicated, check_groups, split_present
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class MultimodalUNet(nn.Module):
         head: a name in ``nnunet_multimodal.heads.HEADS``.
         num_image_channels: how many of the input channels are image channels; all of them if not given.
         modalities: image channels of each modality, such as ``[[0], [1, 2]]``; one channel each if not given.
+        dedicated: the only modalities that the network looks at, such as ``[0, 2]``; all others count as absent. All of
+            them if not given.
         backbone_kwargs: options of the backbone.
         head_kwargs: options of the head.
         deep_supervision: see above; can be set later as an attribute.
@@ -71,6 +74,7 @@ class MultimodalUNet(nn.Module):
         head: str = "deterministic",
         num_image_channels: int | None = None,
         modalities: Sequence[Sequence[int]] | None = None,
+        dedicated: Sequence[int] | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
         head_kwargs: dict[str, Any] | None = None,
         deep_supervision: bool = False,
@@ -85,6 +89,7 @@ class MultimodalUNet(nn.Module):
         order = [channel for group in self.groups for channel in group]
         self.channel_order = None if order == sorted(order) else order
         self.num_modalities = len(self.groups)
+        self.unused = check_dedicated(dedicated, self.num_modalities)
         self.backbone: Backbone = build(
             look_up("backbone", backbone, BACKBONES),
             f"backbone {backbone!r}",
@@ -137,8 +142,16 @@ class MultimodalUNet(nn.Module):
         image, cascade = x[:, : self.num_image_channels], x[:, self.num_image_channels :]
         if self.channel_order is not None:
             image = image[:, self.channel_order]
-        image, present = split_present(image.unflatten(1, (self.num_modalities, -1)))
+        image = image.unflatten(1, (self.num_modalities, -1))
+        if self.unused:
+            image = image.clone()
+            image[:, self.unused] = math.nan
+        image, present = split_present(image)
         return image, cascade, present
+
+    def modality_features(self, x: Tensor) -> dict[str, Tensor]:
+        """Globally pooled features (B, M, F) of each modality by kind, for backbones that have several kinds."""
+        return self.backbone.modality_features(*self.split(x))
 
     @torch.no_grad()
     def modality_uncertainty(self, x: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ With stock plans a trainer lifts the planned topology to its own network. A meth
 in a configuration (inherited like everything there), under one key:
 
     "3d_fullres": {..., "nnunet_multimodal": {"modalities": [[0], [1]], "crnp": {"fusion": "concat"}}}
+
+Besides methods there are ``modalities`` (image channels of each), ``dedicated`` (the only modalities that the network
+may see) and ``modality_dropout`` (options of :class:`~nnunet_multimodal.modalities.ModalityDropout`).
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.network import MultimodalUNet
+from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, check_incomplete
 
 OPTIONS_KEY = "nnunet_multimodal"
 NETWORK_CLASS = f"{MultimodalUNet.__module__}.{MultimodalUNet.__name__}"
+NETWORK_OPTIONS = ("modalities", "dedicated")  # arguments of the network itself
 STOCK_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
 
 
@@ -43,19 +48,19 @@ def network_kwargs(configuration_manager: ConfigurationManager, backbone: str, h
     elif class_name.rsplit(".", 1)[-1] not in STOCK_NETWORKS:
         raise ValueError(
             f"the plan's network {class_name} is not a U-Net whose topology a multi-modal network can take over; "
-            f"use plans of nnUNetPlanner, nnUNetPlannerResEncM/L/XL or one of ours (-pl nnUNetPlannerCRNP)"
+            "use plans of nnUNetPlanner, nnUNetPlannerResEncM/L/XL or one of ours (-pl nnUNetPlannerCRNP)"
         )
     options = dict(configuration_manager.configuration.get(OPTIONS_KEY, {}))
-    unknown = set(options) - {"modalities", *BACKBONES, *HEADS}
+    known = (*NETWORK_OPTIONS, "modality_dropout", *BACKBONES, *HEADS)
+    unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
-            f"{sorted(unknown)} under {OPTIONS_KEY!r} in the plans file is not known; there are: modalities, "
-            f"{', '.join((*BACKBONES, *HEADS))}"
+            f"{unknown} under {OPTIONS_KEY!r} in the plans file is not known; there are: {', '.join(known)}"
         )
     return {
         "num_image_channels": len(configuration_manager.normalization_schemes),
         **kwargs,
-        **({"modalities": options["modalities"]} if "modalities" in options else {}),
+        **{name: options[name] for name in NETWORK_OPTIONS if name in options},
         "backbone": backbone,
         "head": head,
         "backbone_kwargs": {**kwargs.get("backbone_kwargs", {}), **options.get(backbone, {})},
@@ -72,9 +77,28 @@ class MultimodalPlannerMixin(ExperimentPlanner):
 
     backbone: str
     head: str = "deterministic"
+    memory_target_in_gb: float
+    name_of_plans: str
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    # nnU-Net's planners have a constructor of their own each, with these arguments
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float | None = None,
+        preprocessor_name: str = STOCK_PREPROCESSOR,
+        plans_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if preprocessor_name == STOCK_PREPROCESSOR:
+            preprocessor_name = PREPROCESSOR
+        super().__init__(
+            dataset_name_or_id,
+            self.memory_target_in_gb if gpu_memory_target_in_gb is None else gpu_memory_target_in_gb,
+            preprocessor_name,
+            plans_name or self.name_of_plans,
+            **kwargs,
+        )
+        check_incomplete(self.dataset_name, self.dataset_fingerprint, preprocessor_name)
         channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
         needed = BACKBONES[self.backbone].MIN_MODALITIES
         if len(channels) < needed:

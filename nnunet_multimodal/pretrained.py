@@ -1,8 +1,8 @@
 """``-pretrained_weights`` of a stock nnU-Net checkpoint for our networks: what is loaded, and how.
 
 Taken over: every encoder, the decoder, and nothing else (nnU-Net never transfers segmentation layers). A network with
-one encoder for all modalities and one input channel starts from the mean of the checkpoint's first convolution over
-its image channels; separate encoders each take their own channels. What a method adds (fusion, reductions) keeps its
+an encoder that sees the modalities one by one starts from the mean of the checkpoint's first convolution over
+its image channels; an encoder of one modality takes its own channels. What a method adds (fusion, reductions) keeps its
 initialisation and is listed. Of a checkpoint of ours the whole backbone is taken over, and nothing of the head.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +75,8 @@ def stock_weights(network: MultimodalUNet, weights: dict[str, Tensor], fname: st
     for key, own in network.state_dict().items():
         for prefix, channels in _shared_parts(network).items():
             if key.startswith(f"backbone.{prefix}."):
-                theirs = f"{prefix.split('s.')[0]}{key.removeprefix(f'backbone.{prefix}')}"
+                module = "decoder" if channels is None else "encoder"
+                theirs = f"{module}{key.removeprefix(f'backbone.{prefix}')}"
                 if theirs not in weights:
                     raise _other_topology(theirs, "is not in", fname)
                 value = weights[theirs]
@@ -90,15 +90,9 @@ def stock_weights(network: MultimodalUNet, weights: dict[str, Tensor], fname: st
 
 def _shared_parts(network: MultimodalUNet) -> dict[str, list[tuple[int, ...]] | None]:
     """Our module -> groups of image channels that its encoder sees one at a time; None for the decoder."""
-    groups = list(network.groups)
-    encoders: Any = [name for name, _ in network.backbone.named_children() if name.startswith("encoder")]
     parts: dict[str, list[tuple[int, ...]] | None] = {"decoder": None}
-    if encoders == ["encoder"]:
-        parts["encoder"] = [tuple(channel for group in groups for channel in group)]
-    else:
-        count = len(network.backbone.get_submodule("encoders")._modules)
-        for index in range(count):
-            parts[f"encoders.{index}"] = groups if count == 1 else [groups[index]]
+    for encoder, inputs in network.backbone.encoder_modalities().items():
+        parts[encoder] = [tuple(channel for m in modalities for channel in network.groups[m]) for modalities in inputs]
     return parts
 
 

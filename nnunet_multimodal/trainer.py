@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -15,8 +17,10 @@ from torch import nn
 from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.losses import Objective
-from nnunet_multimodal.network import MultimodalUNet, unwrap
-from nnunet_multimodal.planning import network_kwargs
+from nnunet_multimodal.modalities import ModalityDropout
+from nnunet_multimodal.network import MultimodalUNet, build, unwrap
+from nnunet_multimodal.planning import OPTIONS_KEY, network_kwargs
+from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, check_incomplete
 from nnunet_multimodal.transforms import keep_foreground
 
 
@@ -40,14 +44,24 @@ class MultimodalTrainer(nnUNetTrainer):
 
     backbone: str
     head: str
+    modality_dropout: bool = False
 
     def initialize(self) -> None:
-        """nnU-Net's, after a check that the method suits the dataset.
+        """nnU-Net's, after a check that the method suits the dataset and the plans its incomplete cases.
 
         Raises:
-            ValueError: the dataset has fewer modalities than the method needs.
+            ValueError: the dataset has fewer modalities than the method needs, or an option does not exist.
+            UserError: the plans take the placeholders of absent modalities for images.
         """
         check_modalities(self.backbone, self.configuration_manager, self.dataset_json, self.plans_manager.dataset_name)
+        options = self.configuration_manager.configuration.get(OPTIONS_KEY, {}).get("modality_dropout", {})
+        self.dropout = build(ModalityDropout, "modality dropout", options) if self.modality_dropout else None
+        check_incomplete(
+            self.plans_manager.dataset_name,
+            load_json(str(Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json")),
+            self.configuration_manager.configuration["preprocessor_name"],
+        )
+        know_placeholders(self.plans_manager.plans)
         super().initialize()
 
     @classmethod
@@ -94,6 +108,15 @@ class MultimodalTrainer(nnUNetTrainer):
         super().on_epoch_start()
         self.loss.progress = (self.current_epoch + 1) / self.num_epochs
 
+    def train_step(self, batch: dict) -> dict:
+        """nnU-Net's, on the modalities that :class:`ModalityDropout` leaves."""
+        if self.dropout is not None:
+            network = unwrap(self.network)
+            groups = [group for m, group in enumerate(network.groups) if m not in network.unused]
+            progress = self.current_epoch / self.num_epochs
+            batch = {**batch, "data": self.dropout(batch["data"], groups, progress)}
+        return super().train_step(batch)
+
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
         weights = None
@@ -109,6 +132,13 @@ def split_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None
     first["params"] = [parameter for parameter in first["params"] if id(parameter) not in own]
     group["weight_decay"] = first["weight_decay"] * group.pop("weight_decay_scale", 1.0)
     optimizer.add_param_group(group)
+
+
+def know_placeholders(plans: dict[str, Any]) -> None:
+    """Let a model's plans decode placeholders of absent modalities when it predicts; without any nothing changes."""
+    for configuration in plans["configurations"].values():
+        if configuration.get("preprocessor_name") == STOCK_PREPROCESSOR:
+            configuration["preprocessor_name"] = PREPROCESSOR
 
 
 def check_modalities(

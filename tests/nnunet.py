@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from unittest import mock
@@ -10,6 +11,8 @@ from unittest import mock
 import numpy as np
 import SimpleITK
 import torch
+
+from nnunet_multimodal import cli
 
 DATASET = "Dataset900_Tiny"
 PLANS = "nnUNetTinyPlans"
@@ -90,9 +93,44 @@ class NnUNet:
             return get_trainer_from_args("900", configuration, fold, name, plans, device=torch.device("cpu"))
 
 
-def make_dataset(root: Path, kind: str, channels: tuple[str, ...] = CHANNELS, cases: int = 5) -> NnUNet:
-    """A raw dataset of bright boxes, planned and preprocessed by nnU-Net, with a cascade added to the plans."""
+def make_dataset(
+    root: Path,
+    kind: str,
+    channels: tuple[str, ...] = CHANNELS,
+    cases: int = 5,
+    absent: Mapping[int, Sequence[int]] | None = None,
+) -> NnUNet:
+    """A raw dataset of bright boxes, planned and preprocessed by nnU-Net, with a cascade added to the plans.
+
+    ``absent`` has the channels that a case lacks; they are completed with placeholders, and planned accordingly.
+    """
     nnunet = NnUNet(root)
+    write_raw(nnunet, kind, channels, cases)
+    knowing: dict[str, tuple[str, ...]] = {"fingerprint": (), "plan": ()}
+    if absent is not None:
+        remove_channels(nnunet.raw / DATASET / "imagesTr", absent)
+        assert cli.main(["complete", str(nnunet.raw / DATASET / "imagesTr"), "-np", "1"]) == 0
+        knowing["fingerprint"] = ("-fpe", "MultimodalFingerprintExtractor")
+        knowing["plan"] = ("-preprocessor_name", "MultimodalPreprocessor")
+    nnunet("nnUNetv2_extract_fingerprint", "-d", 900, "-np", 1, *knowing["fingerprint"])
+    nnunet(
+        "nnUNetv2_plan_experiment", "-d", 900, "-pl", "nnUNetPlannerTiny", "-gpu_memory_target", 0.005,
+        *knowing["plan"], nnUNet_n_proc_DA="1",
+    )  # fmt: skip
+    nnunet.write_plans(_with_cascade(nnunet.plans()))
+    nnunet("nnUNetv2_preprocess", "-d", 900, "-plans_name", PLANS, "-c", "2d", "3d_fullres", "3d_lowres", "-np", 1)
+    return nnunet
+
+
+def remove_channels(folder: Path, absent: Mapping[int, Sequence[int]]) -> None:
+    """Take files of cases away."""
+    for case, gone in absent.items():
+        for channel in gone:
+            (folder / f"case_{case}_{channel:04d}.nii.gz").unlink()
+
+
+def write_raw(nnunet: NnUNet, kind: str, channels: tuple[str, ...] = CHANNELS, cases: int = 5) -> None:
+    """Images, label maps and dataset.json."""
     folder = nnunet.raw / DATASET
     for sub in ("imagesTr", "labelsTr"):
         (folder / sub).mkdir(parents=True)
@@ -109,14 +147,6 @@ def make_dataset(root: Path, kind: str, channels: tuple[str, ...] = CHANNELS, ca
     if "regions" in kind:
         description["regions_class_order"] = [1, 2]
     (folder / "dataset.json").write_text(json.dumps(description))
-    nnunet("nnUNetv2_extract_fingerprint", "-d", 900, "-np", 1)
-    nnunet(
-        "nnUNetv2_plan_experiment", "-d", 900, "-pl", "nnUNetPlannerTiny", "-gpu_memory_target", 0.005,
-        nnUNet_n_proc_DA="1",
-    )  # fmt: skip
-    nnunet.write_plans(_with_cascade(nnunet.plans()))
-    nnunet("nnUNetv2_preprocess", "-d", 900, "-plans_name", PLANS, "-c", "2d", "3d_fullres", "3d_lowres", "-np", 1)
-    return nnunet
 
 
 def _write_case(folder: Path, case: str, rng: np.random.Generator, channels: int, kind: str) -> None:

@@ -3,8 +3,10 @@
 from nnunet_multimodal.backbones.base import Backbone
 from nnunet_multimodal.backbones.crnp import CRNPBackbone
 from nnunet_multimodal.backbones.early import EarlyFusionBackbone
+from nnunet_multimodal.backbones.shaspec import ShaSpecBackbone
 
 BACKBONES: dict[str, type[Backbone]] = {
     "early": EarlyFusionBackbone,
     "crnp": CRNPBackbone,
+    "shaspec": ShaSpecBackbone,
 }

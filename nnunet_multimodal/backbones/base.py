@@ -44,6 +44,7 @@ class Backbone(nn.Module, ABC):
     """
 
     MIN_MODALITIES: ClassVar[int] = 1  # fewer make no sense for the method
+    num_modalities: int
 
     @abstractmethod
     def forward(self, x: Tensor, cascade: Tensor, present: Tensor) -> BackboneOutput:
@@ -59,6 +60,13 @@ class Backbone(nn.Module, ABC):
     def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
         """Feature map elements of one sample, which nnU-Net's planners compare with their reference networks'."""
 
+    @abstractmethod
+    def encoder_modalities(self) -> dict[str, list[list[int]]]:
+        """For every encoder, by the name of its submodule: the modalities of each of its inputs.
+
+        ``{"encoder": [[0, 1, 2]]}`` sees all together, ``{"shared": [[0], [1], [2]]}`` one after the other.
+        """
+
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         """Parameters that need settings of their own, as optimiser groups.
 
@@ -73,6 +81,14 @@ class Backbone(nn.Module, ABC):
             ValueError: this method does not.
         """
         raise ValueError(f"{type(self).__name__} does not measure the uncertainty of modalities; CRNPTrainer's does")
+
+    def modality_features(self, x: Tensor, cascade: Tensor, present: Tensor) -> dict[str, Tensor]:
+        """Globally pooled bottleneck features (B, M, F) of each modality by kind, for methods that have several.
+
+        Raises:
+            ValueError: this method does not.
+        """
+        raise ValueError(f"{type(self).__name__} has no shared and specific features; ShaSpecTrainer's does")
 
 
 @dataclass(frozen=True)
@@ -190,11 +206,29 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "mps" else torch.autocast(device.type, enabled=False)
 
 
-class ModalityReduction(nn.Module):
-    """A 1x1 convolution over the concatenated features of all modalities, in which absent ones have no part.
+def check_choice(method: str, option: str, value: str, allowed: Sequence[str]) -> str:
+    """The value of a method's option.
 
-    Presence is folded into the (tiny) weights of each sample instead of the features, so nothing of the features'
-    size is written or kept for it.
+    Raises:
+        ValueError: it is not one of those allowed.
+    """
+    if value not in allowed:
+        raise ValueError(
+            f"{method}: {option}={value!r} is not one of {', '.join(allowed)}; correct it in the plans file"
+        )
+    return value
+
+
+def append_cascade(x: Tensor, cascade: Tensor) -> Tensor:
+    """The channels of nnU-Net's previous stage (B, K, *D) beside every modality's own: (B, M, G + K, *D)."""
+    return torch.cat((x, cascade[:, None].expand(-1, x.shape[1], *(-1,) * (cascade.ndim - 1))), 2)
+
+
+class ModalityReduction(nn.Module):
+    """A 1x1 convolution over the concatenated features of all modalities, each of which may be a mixture of others'.
+
+    The mixture is folded into the (tiny) weights of each sample instead of the features, so nothing of the features'
+    size is written or kept for it, and features of modalities that have no part in it need not be there.
 
     Args:
         num_modalities: M.
@@ -209,8 +243,16 @@ class ModalityReduction(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_features, num_modalities, in_features) * math.sqrt(2 / fan_in))
         self.bias = nn.Parameter(torch.zeros(out_features))
 
-    def forward(self, x: Tensor, present: Tensor) -> Tensor:
-        """x (B, M, F, *D), present (B, M) -> (B, out_features, *D)."""
-        weight = self.weight * present.to(self.weight.dtype)[:, None, :, None]  # (B, out, M, F)
+    def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
+        """Reduce.
+
+        Args:
+            x: features (B, N, F, *D) of N modalities.
+            mixing: (B, M, N), modality m is the sum of ``mixing[:, m, n] * x[:, n]``; a row of zeros leaves it out.
+
+        Returns:
+            (B, out_features, *D).
+        """
+        weight = torch.einsum("omf,bmn->bonf", self.weight, mixing.to(self.weight.dtype))
         reduced = torch.bmm(weight.flatten(2), x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1))
         return (reduced + self.bias.to(reduced.dtype)[:, None]).view(x.shape[0], -1, *x.shape[3:])

@@ -40,7 +40,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_multimodal.backbones.base import Backbone, BackboneOutput, ModalityReduction, UNetTopology, full_precision
+from nnunet_multimodal.backbones.base import (
+    Backbone,
+    BackboneOutput,
+    ModalityReduction,
+    UNetTopology,
+    append_cascade,
+    check_choice,
+    full_precision,
+)
 
 NEGATIVE_SLOPE = 0.25  # paper, 4.2
 LOSS_FACTOR = 1e-3  # see the deviations
@@ -50,12 +58,6 @@ FUSIONS = ("residual", "replace", "concat")
 UNCERTAINTIES = ("elementwise", "norm")
 ATTENTIONS = ("self", "cross", "none")
 ENCODERS = ("shared", "separate")
-
-
-def _check(option: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"crnp: {option}={value!r} is not one of {', '.join(allowed)}; correct it in the plans file")
-    return value
 
 
 def _random_layers(*shape: int) -> Tensor:
@@ -208,9 +210,9 @@ class CRNPFusion(nn.Module):
         super().__init__()
         if num_modalities < 2:
             raise ValueError(f"crnp: fusion needs at least 2 modalities, got {num_modalities}")
-        self.uncertainty = _check("uncertainty", uncertainty, UNCERTAINTIES)
-        self.fusion = _check("fusion", fusion, FUSIONS)
-        _check("attention", attention, ATTENTIONS)
+        self.uncertainty = check_choice("crnp", "uncertainty", uncertainty, UNCERTAINTIES)
+        self.fusion = check_choice("crnp", "fusion", fusion, FUSIONS)
+        check_choice("crnp", "attention", attention, ATTENTIONS)
         rnp_features = rnp_features or features
         if uncertainty == "elementwise" and rnp_features != features:
             raise ValueError(
@@ -273,7 +275,7 @@ class CRNPBackbone(Backbone):
         super().__init__()
         self.topology = topology
         self.num_modalities = num_modalities
-        count = 1 if _check("encoder", encoder, ENCODERS) == "shared" else num_modalities
+        count = 1 if check_choice("crnp", "encoder", encoder, ENCODERS) == "shared" else num_modalities
         self.encoders = nn.ModuleList(
             topology.build_encoder(channels_per_modality + cascade_channels) for _ in range(count)
         )
@@ -284,8 +286,7 @@ class CRNPBackbone(Backbone):
     def encode(self, x: Tensor, cascade: Tensor) -> list[Tensor]:
         """Features of every stage, finest first, each (B, M, F_s, *D_s)."""
         shape = x.shape
-        cascade = cascade[:, None].expand(-1, shape[1], *(-1,) * (cascade.ndim - 1))
-        x = torch.cat((x, cascade), 2)
+        x = append_cascade(x, cascade)
         if len(self.encoders) == 1:
             return [s.view(*shape[:2], *s.shape[1:]) for s in self.encoders[0](x.flatten(0, 1))]
         encoded = [encoder(x[:, m]) for m, encoder in enumerate(self.encoders)]
@@ -295,7 +296,8 @@ class CRNPBackbone(Backbone):
         """See ``nnunet_multimodal.backbones.base``."""
         stages = self.encode(x, cascade)
         stages[-1], rnp_error = self.fusion(stages[-1], present)
-        skips = [reduce(stage, present) for reduce, stage in zip(self.reductions, stages, strict=True)]
+        mixing = torch.diag_embed(present.to(stages[-1].dtype))
+        skips = [reduce(stage, mixing) for reduce, stage in zip(self.reductions, stages, strict=True)]
         auxiliary = {"rnp": LOSS_FACTOR * rnp_error.sum() / present.sum()} if self.training else {}
         return BackboneOutput(self.decoder(skips), skips[-1], auxiliary)
 
@@ -320,6 +322,13 @@ class CRNPBackbone(Backbone):
         # RNP (two hidden and two output layers), uncertainty, fusion, attention: about ten maps of the bottleneck
         size += 10 * self.num_modalities * features[-1] * np.prod(sizes[-1], dtype=np.int64)
         return size + self.decoder.compute_conv_feature_map_size(patch_size)
+
+    def encoder_modalities(self) -> dict[str, list[list[int]]]:
+        """The shared encoder sees every modality, separate ones their own."""
+        single = [[m] for m in range(self.num_modalities)]
+        if len(self.encoders) == 1:
+            return {"encoders.0": single}
+        return {f"encoders.{m}": [group] for m, group in enumerate(single)}
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         """The predictors: a learning rate of their own that undoes the factor of their loss, momentum 0.9."""

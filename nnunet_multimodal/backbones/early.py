@@ -20,6 +20,7 @@ class EarlyFusionBackbone(Backbone):
         self, topology: UNetTopology, num_modalities: int, channels_per_modality: int, cascade_channels: int
     ) -> None:
         super().__init__()
+        self.num_modalities = num_modalities
         self.encoder = topology.build_encoder(num_modalities * channels_per_modality + cascade_channels)
         self.decoder = topology.build_decoder()
 
@@ -33,3 +34,7 @@ class EarlyFusionBackbone(Backbone):
         return self.encoder.compute_conv_feature_map_size(patch_size) + self.decoder.compute_conv_feature_map_size(
             patch_size
         )
+
+    def encoder_modalities(self) -> dict[str, list[list[int]]]:
+        """One encoder, which sees all modalities together."""
+        return {"encoder": [list(range(self.num_modalities))]}

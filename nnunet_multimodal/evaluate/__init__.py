@@ -15,22 +15,25 @@ label are the dataset's. For every CASE that both folders have it reads
 and writes a CSV (one row for each case and label; the label "foreground_mean" is the labels' mean, the case "mean" the
 cases') and a JSON with the same numbers, the reliability curves, and what was left out and why. Distances are in mm,
 for images without a spacing (PNG) in pixels. nnunet_multimodal/metrics/case.py says what each column is.
+
+With --all-subsets it first predicts the images of -i with every subset of their modalities, by one or several models:
+
+  nnunet-multimodal evaluate --all-subsets GT PRED -i IMAGES -d 1 -c 3d_fullres -tr nnUNetTrainer ShaSpecTrainer -f 0
+
+PRED then gets a folder for each model and subset, MODEL/FLAIR+T2/CASE.nii.gz, and subsets.csv, subsets.md, subsets.png:
+what each missing modality costs. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from nnunetv2.configuration import default_num_processes
-from tqdm import tqdm
 
-from nnunet_multimodal.evaluate.cases import CaseFiles, CaseResult, Settings, evaluate_case, find_cases, read_settings
+from nnunet_multimodal.evaluate import subsets
+from nnunet_multimodal.evaluate.cases import evaluate_all, find_cases, read_settings
 from nnunet_multimodal.evaluate.report import as_csv, as_json, count_cases, format_left_out, format_table, write_text
 from nnunet_multimodal.metrics.case import CaseMeasures, mean_over_cases
 
@@ -58,10 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the normalised surface distance (default: {TOLERANCE_MM:g})",
     )
     parser.add_argument("--raters", type=Path, metavar="FOLDER", help="CASE__NAME files, several for each case")
+    subsets.add_arguments(parser.add_argument_group("all subsets of the modalities"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate two folders; returns the exit status."""
+    if args.all_subsets:
+        return subsets.run(args)
     output = args.o or args.pred_folder / "evaluation.json"
     if output.suffix != ".json":
         raise SystemExit(f"-o is {output}; its name must end in .json")
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if missing and not args.chill:
         raise SystemExit(f"{format_left_out(left_out)}predict them, or give --chill to evaluate the others")
     results: dict[str, CaseMeasures] = {}
-    for files, result in zip(cases, _evaluate_all(cases, settings, args.np), strict=True):
+    for files, result in zip(cases, evaluate_all(cases, settings, args.np), strict=True):
         left_out += result.left_out
         if result.measures is not None:
             results[files.case] = result.measures
@@ -90,14 +96,3 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{format_table(means, settings)}\n\n{format_left_out(left_out)}{count_cases(results)} evaluated")
     print(f"each of them: {output.with_suffix('.csv')}, {output}")
     return 0
-
-
-def _evaluate_all(cases: Sequence[CaseFiles], settings: Settings, processes: int) -> Iterator[CaseResult]:
-    """In the order of the cases; in this process if one is enough."""
-    progress = partial(tqdm, total=len(cases), desc="evaluate", unit="case")
-    processes = min(processes, len(cases))
-    if processes <= 1:
-        yield from progress(evaluate_case(files, settings) for files in cases)
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from progress(pool.map(partial(evaluate_case, settings=settings), cases))

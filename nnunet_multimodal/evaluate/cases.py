@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
 
+from nnunet_multimodal.images import geometry_difference
 from nnunet_multimodal.metrics.case import CaseArrays, CaseMeasures, measure_case
 from nnunet_multimodal.metrics.distribution import Label
 
@@ -161,6 +166,17 @@ def evaluate_case(files: CaseFiles, settings: Settings) -> CaseResult:
     return CaseResult(measures, [*left_out, *_undefined(files.case, measures, settings)])
 
 
+def evaluate_all(cases: Sequence[CaseFiles], settings: Settings, processes: int) -> Iterator[CaseResult]:
+    """Read and measure cases, in their order, with progress; in this process if one is enough."""
+    progress = partial(tqdm, total=len(cases), desc="evaluate", unit="case")
+    processes = min(processes, len(cases))
+    if processes <= 1:
+        yield from progress(evaluate_case(files, settings) for files in cases)
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from progress(pool.map(partial(evaluate_case, settings=settings), cases))
+
+
 def read_label_map(file: Path, settings: Settings) -> LabelMap:
     """A file by nnU-Net's reader, as small integers.
 
@@ -175,31 +191,15 @@ def read_label_map(file: Path, settings: Settings) -> LabelMap:
     return LabelMap(file, np.clip(np.rint(array[0]), 0, np.iinfo(type_).max).astype(type_), properties)
 
 
-def geometry_difference(a: LabelMap, b: LabelMap) -> str:
-    """What keeps two images from being on one grid; empty if nothing does."""
-    if a.array.shape != b.array.shape:
-        return f"{b.file.name} has shape {b.array.shape} and {a.file.name} {a.array.shape}"
-    theirs = _geometry(b.properties)
-    for name, value in _geometry(a.properties).items():
-        if not np.allclose(value, theirs[name], rtol=1e-4, atol=1e-3):  # files keep float32 or a few digits
-            return f"{b.file.name} has {name} {theirs[name]} and {a.file.name} {value}"
-    return ""
-
-
-def _geometry(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """What the readers of nnU-Net tell about the grid; PNG has nothing but a spacing of 1."""
-    affine = properties.get("nibabel_stuff", {})
-    affine = affine.get("reoriented_affine", affine.get("original_affine"))
-    itk = {name: value for name, value in properties.get("sitk_stuff", {}).items() if name in ("origin", "direction")}
-    return {"spacing": tuple(properties["spacing"]), **itk, **({} if affine is None else {"affine": affine.tolist()})}
-
-
 def _read_like(reference: LabelMap, files: Sequence[Path], settings: Settings) -> np.ndarray:
     """Label maps (N, Z, Y, X) on the reference's grid."""
     stack = []
     for file in files:
         label_map = read_label_map(file, settings)
-        difference = geometry_difference(reference, label_map)
+        difference = geometry_difference(
+            reference.file.name, reference.array.shape, reference.properties,
+            file.name, label_map.array.shape, label_map.properties,
+        )  # fmt: skip
         if difference:
             raise GeometryError(difference)
         stack.append(label_map.array)

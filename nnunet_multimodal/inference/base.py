@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -15,29 +14,41 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
-from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from torch import Tensor
 
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.images import list_channels
+from nnunet_multimodal.network import MultimodalUNet, unwrap
+from nnunet_multimodal.preprocessing import PLACEHOLDER, check_image, preprocess_present
 
 RESERVED = {"dataset", "plans", "predict_from_raw_data_args"}  # files of nnU-Net beside the predictions
 Predictor = TypeVar("Predictor", bound="ModelPredictor")
 
 
 class Case(NamedTuple):
-    """Where a case's images are, and its segmentation by the previous stage of a cascade."""
+    """Where a case's images are, None where there is no file, what to drop, and a cascade's previous segmentation."""
 
     name: str
-    images: list[str]
+    images: list[str | None]
     previous: str | None
+    dropped: tuple[int, ...] = ()
+
+    @property
+    def first_image(self) -> str:
+        """Of a modality that is there, for the geometry."""
+        return next(image for image in self.images if image is not None)
 
 
 class Preprocessed(NamedTuple):
-    """A case on the network's grid: input (K, *D), nnU-Net's non-zero mask (1, *D) bool, nnU-Net's properties."""
+    """A case on the network's grid: input (K, *D), nnU-Net's non-zero mask (1, *D) bool, nnU-Net's properties.
+
+    ``absent`` says for each image channel whether nothing is known of it.
+    """
 
     data: Tensor
     foreground: Tensor
     properties: dict
+    absent: tuple[bool, ...]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, trainer: str) -> None:
@@ -99,42 +110,81 @@ class ModelPredictor(nnUNetPredictor):
             raise UserError(f"{model_folder} reads images with {reader}, which reorients them; maps cannot follow that")
         return predictor
 
-    def cases(self, folder: str, previous_stage: str | None) -> list[Case]:
-        """The cases in a folder.
+    def channel_names(self) -> list[str]:
+        """Names of the image channels, in their order."""
+        names = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
+        return [str(names[key]) for key in sorted(names, key=int)]
+
+    def cases(self, folder: str, previous_stage: str | None, drop: Sequence[str] = ()) -> list[Case]:
+        """The cases in a folder, whatever modalities they have.
+
+        Args:
+            folder: images; a modality's file may be missing.
+            previous_stage: folder of the previous stage's predictions, for a cascade.
+            drop: names of channels to leave out.
 
         Raises:
-            UserError: none there, a name of nnU-Net's own files, or a cascade without its previous stage's predictions.
+            UserError: none there, a name that nnU-Net does not expect, a case that keeps no modality, a channel that
+                does not exist, or a cascade without its previous stage's predictions.
         """
-        ending = self.dataset_json["file_ending"]
-        files = create_lists_from_splitted_dataset_folder(folder, ending)
-        if not files:
-            raise UserError(f"no image ending in _0000{ending} in {folder}; give nnU-Net's file names, or another -i")
+        ending, names = self.dataset_json["file_ending"], self.channel_names()
+        for name in drop:
+            if name not in names:
+                raise UserError(f"--drop {name}: the model's modalities are {', '.join(names)}")
+        dropped = tuple(names.index(name) for name in drop)
+        if not Path(folder).is_dir():
+            raise UserError(f"-i {folder} is not a folder")
+        found = list_channels(Path(folder), ending, len(names))
         stage = self.configuration_manager.previous_stage_name
         if stage is not None and previous_stage is None:
             raise UserError(
                 f"{stage} comes before this configuration; give the folder of its predictions with "
                 "-prev_stage_predictions"
             )
-        names = [os.path.basename(images[0])[: -len(ending) - 5] for images in files]
-        for name in RESERVED & set(names):
-            raise UserError(f"{folder} has a case named {name!r}, whose {name}.json nnU-Net writes itself; rename it")
-        return [
-            Case(name, images, None if stage is None else f"{previous_stage}/{name}{ending}")
-            for name, images in zip(names, files, strict=True)
-        ]
+        cases = []
+        for name, channels in sorted(found.items()):
+            if name in RESERVED:
+                raise UserError(
+                    f"{folder} has a case named {name!r}, whose {name}.json nnU-Net writes itself; rename it"
+                )
+            if channels <= set(dropped) and channels != {0}:  # a single file may hold all channels (RGB)
+                has = ", ".join(names[channel] for channel in sorted(channels))
+                raise UserError(f"{folder}: {name} has {has}, and --drop {','.join(drop)} leaves nothing; drop less")
+            images = [f"{folder}/{name}_{c:04d}{ending}" if c in channels else None for c in range(len(names))]
+            cases.append(Case(name, images, None if stage is None else f"{previous_stage}/{name}{ending}", dropped))
+        return cases
 
     def preprocess(self, case: Case) -> Preprocessed:
-        """Read and preprocess a case as nnU-Net does, the previous stage of a cascade included."""
+        """Read and preprocess a case as nnU-Net does, the previous stage of a cascade included.
+
+        Absent modalities, placeholders too, become NaN; zero for networks of nnU-Net, which do not know NaN.
+
+        Raises:
+            UserError: all modalities of a case are placeholders, or NaN in an image.
+        """
         plans, configuration = self.plans_manager, self.configuration_manager
         preprocessor = configuration.preprocessor_class(verbose=False)
-        data, seg, properties = preprocessor.run_case(
-            case.images, case.previous, plans, configuration, self.dataset_json
+        reader = plans.image_reader_writer_class()
+        files = [file for file in case.images if file is not None]
+        data, properties = reader.read_images(files)
+        if len(data) < len(case.images):  # a file may hold several channels
+            if len(data) != len(files):
+                raise UserError(f"{', '.join(files)}: {len(data)} channels, and the model has {len(case.images)}")
+            there, data = data, np.full((len(case.images), *data.shape[1:]), PLACEHOLDER, data.dtype)
+            data[[file is not None for file in case.images]] = there
+        data[list(case.dropped)] = PLACEHOLDER
+        absent = check_image(data, [file or f"{case.name}, channel {c}" for c, file in enumerate(case.images)])
+        seg = None if case.previous is None else reader.read_seg(case.previous)[0]
+        data, seg, properties = preprocess_present(
+            preprocessor.run_case_npy, data, seg, properties, absent, plans, configuration, self.dataset_json
         )
+        if not isinstance(unwrap(self.network), MultimodalUNet):
+            data[: len(absent)][absent] = 0
         foreground = torch.from_numpy(seg[:1] >= 0)
         if case.previous is not None:
             labels = plans.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels, data.dtype)))
-        return Preprocessed(torch.from_numpy(data), foreground, properties)
+        return Preprocessed(torch.from_numpy(data), foreground, properties, tuple(absent.tolist()))
 
 
 def write_map(array: np.ndarray, like: str, properties: dict, path: Path) -> None:

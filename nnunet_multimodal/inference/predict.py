@@ -1,7 +1,8 @@
 """Predict a folder with samples, uncertainty maps and intervals, from one forward pass per tile.
 
 Takes nnUNetv2_predict's flags and writes its files, so that its other commands work on the folder: CASE.nii.gz is the
-mean prediction. Beside it:
+mean prediction. Cases need not be complete: a modality without a file is absent, and so is one that --drop names.
+Beside it:
 
   CASE.json                            volume, lesion count and presence of every label, with intervals over the samples
   uncertainty/CASE_entropy.nii.gz      total uncertainty, in nats         (--maps; all three if not given)
@@ -58,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-npp", type=int, default=1, help="cases to preprocess ahead, 0: none (default: 1)")
     parser.add_argument("-num_parts", type=int, default=1, help="calls that share the folder (default: 1)")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0 (default: 0)")
+    parser.add_argument(
+        "--drop", type=_names, default=[], metavar="NAME,...", help="modalities to leave out, such as FLAIR,T1"
+    )
     group = parser.add_argument_group("sampling")
     group.add_argument("--samples", type=int, default=20, metavar="S", help="how many (default: 20)")
     group.add_argument("--seed", type=int, default=0, help="the same seed gives a case the same samples (default: 0)")
@@ -74,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--maps", nargs="*", default=list(MAPS), choices=MAPS, help="which maps (default: all)")
     group.add_argument("--save-samples", action="store_true", help="label maps of the samples")
     group.add_argument("--save-distribution", action="store_true", help="on the network's grid, for use from Python")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     predictor.verbose = args.verbose
     output = Path(args.o)
     writer = CaseWriter(predictor, args, output)
-    cases = predictor.cases(args.i, args.prev_stage_predictions)[args.part_id :: args.num_parts]
+    cases = predictor.cases(args.i, args.prev_stage_predictions, args.drop)[args.part_id :: args.num_parts]
     if args.continue_prediction:
         cases = [case for case in cases if not writer.is_complete(case)]
     output.mkdir(parents=True, exist_ok=True)
@@ -173,6 +181,7 @@ class CaseWriter:
             "seed": args.seed,
             "temperature": args.temperature,
             "class_scale": args.class_scale,
+            "drop": args.drop,
         }
 
     def files(self, case: Case) -> dict[str, list[Path]]:
@@ -263,6 +272,7 @@ class CaseWriter:
             **self.settings(),
             "drawn_from": "members (folds and mirrors)" if distribution.members else "distribution",
             "trainer": self.predictor.trainer_name,
+            "absent": [n for n, gone in zip(self.predictor.channel_names(), preprocessed.absent, strict=True) if gone],
             "spacing": [float(size) for size in properties["spacing"]],  # nnU-Net's TIFF reader looks for it here
             "labels": quantities.summary(prediction),
         }
@@ -271,7 +281,7 @@ class CaseWriter:
     def _write_maps(self, case: Case, maps: dict[str, Tensor], properties: dict) -> None:
         for name in self.args.maps:
             path = self.output / "uncertainty" / f"{case.name}_{name}.nii.gz"
-            write_map(maps[name].numpy(), case.images[0], properties, path)
+            write_map(maps[name].numpy(), case.first_image, properties, path)
 
     def _folders(self) -> list[str]:
         wanted = {

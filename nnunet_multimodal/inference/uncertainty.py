@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         maps, means, properties = predictor.predict_case(case)
         scores[case.name] = dict(zip(predictor.modality_names(), means, strict=True))
         for modality, uncertainty in enumerate(maps):
-            write_map(uncertainty, case.images[0], properties, output / f"{case.name}_{modality:04d}.nii.gz")
+            write_map(uncertainty, case.first_image, properties, output / f"{case.name}_{modality:04d}.nii.gz")
     beside = output / "uncertainty.json.part"
     beside.write_text(json.dumps(scores, indent=2) + "\n")
     beside.replace(output / "uncertainty.json")
@@ -66,13 +66,12 @@ class UncertaintyPredictor(ModelPredictor):
 
     def modality_names(self) -> list[str]:
         """Names for the maps: the channels', joined where a modality has several."""
-        names = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
-        names = [str(names[key]) for key in sorted(names, key=int)]
+        names = self.channel_names()
         return ["+".join(names[channel] for channel in group) for group in unwrap(self.network).groups]
 
     def predict_case(self, case: Case) -> tuple[np.ndarray, list[float], dict]:
         """Maps (M, *spatial) of a case on its own grid, zero outside nnU-Net's crop, means inside it, properties."""
-        data, _, properties = self.preprocess(case)
+        data, _, properties, _ = self.preprocess(case)
         maps = self.predict_logits_from_preprocessed_data(data).float()
 
         plans, configuration = self.plans_manager, self.configuration_manager

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nnunet_multimodal.modalities import check_groups, split_present
+from nnunet_multimodal.modalities import ModalityDropout, check_dedicated, check_groups, split_present
 
 
 def split(x):
@@ -80,3 +80,71 @@ def test_groups_name_every_channel_once_and_are_of_equal_size():
             check_groups(groups, 3)
     with pytest.raises(ValueError, match="equal size"):
         check_groups([[0, 1], [2]], 3)
+
+
+# --- modality dropout
+
+
+def dropped(x, progress=1.0, groups=((0,), (1,), (2,)), seed=0, **options):
+    """Which modalities are absent after it: (B, M) bool."""
+    out = ModalityDropout(**options)(x, groups, progress, torch.Generator().manual_seed(seed))
+    return torch.stack([out[:, list(group)].flatten(1).isnan().any(1) for group in groups], 1)
+
+
+def test_every_size_of_subset_is_as_likely_and_every_subset_of_a_size():
+    lost = dropped(torch.ones(30_000, 3, 2, 2))
+    kept = (~lost).float()
+    sizes = kept.sum(1).long().bincount(minlength=4) / len(kept)
+    assert sizes[0] == 0
+    torch.testing.assert_close(sizes[1:], torch.full((3,), 1 / 3), atol=0.015, rtol=0)
+    single = kept[kept.sum(1) == 1].mean(0)
+    torch.testing.assert_close(single, torch.full((3,), 1 / 3), atol=0.02, rtol=0)
+
+
+def test_a_sample_keeps_at_least_one_of_the_modalities_that_it_has():
+    x = torch.ones(500, 3, 2, 2)
+    x[:, 0, 0, 0] = math.nan
+    x[250:, 1] = 0  # a placeholder that stock preprocessing made zero
+    lost = dropped(x)
+    assert lost[:, 0].all()
+    assert not lost[250:, 2].any()
+    assert (~lost[:250, 1:]).any(1).all()
+    assert lost[:250, 1].any()
+    assert lost[:250, 2].any()
+
+
+def test_other_channels_and_the_batch_itself_are_left_alone():
+    x = torch.ones(64, 5, 2, 2)
+    out = ModalityDropout()(x, ((0, 2), (1,)), 1.0, torch.Generator().manual_seed(0))
+    assert out[:, 3:].isfinite().all()
+    assert x.isfinite().all()
+    whole = out.isnan().flatten(2).all(2)
+    assert torch.equal(whole, out.isnan().flatten(2).any(2))
+    assert torch.equal(whole[:, 0], whole[:, 2])
+
+
+def test_warm_up_raises_the_rate_from_nothing():
+    x = torch.ones(4000, 3, 2, 2)
+    assert not dropped(x, 0.0, warm_up=0.5).any()
+    half, all_ = (dropped(x, progress, warm_up=0.5).any(1).float().mean().item() for progress in (0.25, 0.5))
+    assert half == pytest.approx(all_ / 2, abs=0.03)
+    assert dropped(x, 0.0, warm_up=0.0).any()
+    assert not dropped(x, probability=0.0).any()
+
+
+def test_air_loses_nothing():
+    assert not dropped(torch.zeros(8, 3, 2, 2)).any()
+
+
+@pytest.mark.parametrize("options", [{"probability": 1.5}, {"warm_up": -0.1}])
+def test_rates_are_between_0_and_1(options):
+    with pytest.raises(ValueError, match=r"modality_dropout: .*between 0 and 1; correct it in the plans"):
+        ModalityDropout(**options)
+
+
+def test_a_dedicated_network_names_what_it_looks_at():
+    assert check_dedicated(None, 3) == []
+    assert check_dedicated([2, 0], 3) == [1]
+    for wrong in ([], [3], [0, 0]):
+        with pytest.raises(ValueError, match=r"some of the 3 modalities 0..2, each once"):
+            check_dedicated(wrong, 3)

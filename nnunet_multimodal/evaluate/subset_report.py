@@ -1,0 +1,254 @@
+"""The table of all subsets: rows are subsets with dots as in the papers, columns models and labels."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nnunet_multimodal.metrics.case import CaseMeasures, mean
+from nnunet_multimodal.metrics.distribution import Label
+from nnunet_multimodal.metrics.statistics import bootstrap_interval, holm, paired_p_value
+
+AVERAGE = ()  # the subset of the row of means
+MEAN_LABEL = "mean"
+METRICS = {"Dice": "Dice", "HD95_mm": "HD95 (mm)"}
+SIGNIFICANT = 0.05
+
+Subset = tuple[int, ...]
+
+
+class Measured(NamedTuple):
+    """One prediction's measures."""
+
+    model: str
+    subset: Subset
+    case: str
+    measures: CaseMeasures
+
+
+class Key(NamedTuple):
+    """A cell of the table."""
+
+    model: str
+    subset: Subset
+    label: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean over cases with its interval; p against the baseline, corrected over a model's cells of the metric.
+
+    ``n`` cases have a finite value, ``without_value`` are infinite (nothing predicted, or nothing there).
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    without_value: int
+    p: float = math.nan
+    p_holm: float = math.nan
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All cells, and what they are of."""
+
+    models: tuple[str, ...]
+    baseline: str
+    channels: tuple[str, ...]
+    labels: tuple[Label, ...]
+    names: tuple[str, ...]
+    cells: dict[Key, Cell] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Labels, and their mean if there are several."""
+        return (*self.names, MEAN_LABEL) if len(self.names) > 1 else self.names
+
+    @property
+    def subsets(self) -> list[Subset]:
+        """Rows, the average last."""
+        found = sorted({key.subset for key in self.cells if key.subset}, key=lambda subset: (len(subset), subset))
+        return [*found, AVERAGE]
+
+
+def summarise(measured: Sequence[Measured], scores: Scores) -> Scores:
+    """Means, intervals and comparisons of every model, subset, label and metric.
+
+    The row of averages is the mean over the subsets of each case, over the cases that have all of a model's subsets;
+    infinite distances are left out of it and counted.
+    """
+    values = _values(measured, scores)
+    cells = {key: _cell(cases) for key, cases in values.items()}
+    for key, cell in cells.items():
+        if key.subset == AVERAGE:  # its terms are finite
+            rows = [other for other in cells if other.subset and other == key._replace(subset=other.subset)]
+            cells[key] = replace(cell, without_value=sum(cells[other].without_value for other in rows))
+    for model in scores.models:
+        for metric in METRICS if model != scores.baseline else ():
+            keys = [key for key in cells if key.model == model and key.metric == metric]
+            p = [_compare(values[key], values.get(key._replace(model=scores.baseline), {})) for key in keys]
+            for key, raw, corrected in zip(keys, p, holm(p), strict=True):
+                cells[key] = replace(cells[key], p=raw, p_holm=corrected)
+    return replace(scores, cells=cells)
+
+
+def _values(measured: Sequence[Measured], scores: Scores) -> dict[Key, dict[str, float]]:
+    """Case -> value of every cell."""
+    values: dict[Key, dict[str, float]] = {}
+    for entry in measured:
+        for metric in METRICS:
+            found = [entry.measures.by_label[label][metric] for label in scores.labels]
+            row = dict(zip(scores.names, found, strict=True))
+            if len(found) > 1:
+                row[MEAN_LABEL] = mean(found)
+            for label, value in row.items():
+                values.setdefault(Key(entry.model, entry.subset, label, metric), {})[entry.case] = value
+    subsets = sorted({key.subset for key in values})
+    for model in scores.models:
+        for label in scores.columns:
+            for metric in METRICS:
+                rows = [values.get(Key(model, subset, label, metric), {}) for subset in subsets]
+                cases = set.intersection(*(set(row) for row in rows))
+                values[Key(model, AVERAGE, label, metric)] = {
+                    case: mean([row[case] for row in rows]) for case in sorted(cases)
+                }
+    return values
+
+
+def _cell(cases: dict[str, float]) -> Cell:
+    found = list(cases.values())
+    low, high = bootstrap_interval(found)
+    return Cell(mean(found), low, high, int(np.isfinite(found).sum()), int(np.isinf(found).sum()))
+
+
+def _compare(cases: dict[str, float], baseline: dict[str, float]) -> float:
+    both = sorted(cases.keys() & baseline.keys())
+    return paired_p_value([cases[case] for case in both], [baseline[case] for case in both])
+
+
+def as_csv(scores: Scores) -> str:
+    """A row for each cell."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["model", "subset", "label", "metric", "mean", "low", "high", "n", "without_value", "p", "p_holm"])
+    for key, cell in scores.cells.items():
+        numbers = ["" if math.isnan(x) else f"{x:.6g}" for x in (cell.mean, cell.low, cell.high, cell.p, cell.p_holm)]
+        row = [*numbers[:3], cell.n, cell.without_value, *numbers[3:]]
+        writer.writerow([key.model, _subset(key.subset, scores), key.label, key.metric, *row])
+    return file.getvalue()
+
+
+def case_csv(scores: Scores, measured: Sequence[Measured]) -> str:
+    """A row for each prediction and label."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["model", "subset", "case", "label", *METRICS])
+    for entry in measured:
+        for name, label in zip(scores.names, scores.labels, strict=True):
+            numbers = [entry.measures.by_label[label][metric] for metric in METRICS]
+            cells = ["" if math.isnan(x) else f"{x:.6g}" for x in numbers]
+            writer.writerow([entry.model, _subset(entry.subset, scores), entry.case, name, *cells])
+    return file.getvalue()
+
+
+def as_markdown(scores: Scores) -> str:
+    """A table for each metric: mean [95 % interval], an asterisk where the baseline differs significantly."""
+    cases = max(cell.n for cell in scores.cells.values())
+    text = [
+        f"Mean over {cases} cases [95 % bootstrap interval]; ● present, ○ absent. * differs from {scores.baseline} "
+        f"(paired Wilcoxon, p < {SIGNIFICANT} after Holm's correction over the model's cells of a table"
+        + (f"; with {cases} cases p is at least {2 / 2**cases:.2g} before it)." if cases < 8 else ").")
+    ]
+    columns = [(model, label) for label in scores.columns for model in scores.models]
+    for metric, heading in METRICS.items():
+        header = [*scores.channels, *(f"{label}: {model}" for model, label in columns)]
+        text += [
+            "",
+            f"**{heading}**",
+            "",
+            _line(header),
+            _line([":-:"] * len(scores.channels) + ["---:"] * len(columns)),
+        ]
+        for subset in scores.subsets:
+            dots = ["●" if m in subset else "○" for m in range(len(scores.channels))] if subset else None
+            row = [_format(scores.cells.get(Key(model, subset, label, metric)), metric) for model, label in columns]
+            text.append(_line([*(dots or ["average", *[""] * (len(scores.channels) - 1)]), *row]))
+    return "\n".join(text) + "\n"
+
+
+def draw(scores: Scores, file: Path) -> None:
+    """Dice of every subset, model and label as a heat map, PNG; beside, then renamed."""
+    columns = [(model, label) for label in scores.columns for model in scores.models]
+    subsets = scores.subsets
+    dice = np.array(
+        [[_mean(scores.cells.get(Key(model, subset, label, "Dice"))) for model, label in columns] for subset in subsets]
+    )
+    width, height = 2.2 + 0.95 * len(columns), 1.9 + 0.34 * len(subsets)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(dice, cmap=colormaps["viridis"], vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(dice):
+        if np.isfinite(value):
+            axes.text(
+                column,
+                row,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                color="white" if value < 0.6 else "black",
+                fontsize=8,
+            )
+    rows = [
+        " ".join("●" if m in subset else "○" for m in range(len(scores.channels))) if subset else "average"
+        for subset in subsets
+    ]
+    axes.set_yticks(range(len(rows)), rows, fontfamily="DejaVu Sans")
+    axes.set_ylabel("  ".join(scores.channels))
+    axes.set_xticks(range(len(columns)), [model for model, _ in columns], rotation=30, ha="right", fontsize=8)
+    axes.axhline(len(rows) - 1.5, color="white", linewidth=2)
+    top = axes.secondary_xaxis("top")
+    middle = [(index + 0.5) * len(scores.models) - 0.5 for index in range(len(scores.columns))]
+    top.set_xticks(middle, scores.columns)
+    top.tick_params(length=0)
+    for index in range(1, len(scores.columns)):
+        axes.axvline(index * len(scores.models) - 0.5, color="white", linewidth=2)
+    figure.colorbar(image, ax=axes, label="Dice", fraction=0.05)
+    beside = file.with_name(f".{file.name}")
+    figure.savefig(beside, dpi=150, format="png")
+    beside.replace(file)
+
+
+def _subset(subset: Subset, scores: Scores) -> str:
+    return "+".join(scores.channels[m] for m in subset) or "average"
+
+
+def _mean(cell: Cell | None) -> float:
+    return math.nan if cell is None else cell.mean
+
+
+def _format(cell: Cell | None, metric: str) -> str:
+    if cell is None or math.isnan(cell.mean):
+        return "–"
+    digits = 3 if metric == "Dice" else 1
+    interval = "" if math.isnan(cell.low) else f" [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
+    star = "*" if cell.p_holm < SIGNIFICANT else ""
+    missing = f" ({cell.without_value} ∞)" if cell.without_value else ""
+    return f"{cell.mean:.{digits}f}{star}{interval}{missing}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

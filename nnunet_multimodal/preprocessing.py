@@ -1,0 +1,255 @@
+"""Absent modalities through nnU-Net's fingerprint and preprocessing.
+
+In files an absent modality is a placeholder: an image of nothing but ``PLACEHOLDER``, with the geometry of the others
+(``nnunet-multimodal complete`` writes them). nnU-Net finds the two classes here by name:
+
+    nnUNetv2_plan_and_preprocess -d 1 -fpe MultimodalFingerprintExtractor -preprocessor_name MultimodalPreprocessor
+
+Placeholders enter neither the intensity statistics nor the crop nor a normalisation, and are all-NaN channels when
+preprocessed. Where there are none, the results are those of nnU-Net's own classes, bit by bit.
+"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from tqdm import tqdm
+
+from nnunet_multimodal.errors import UserError
+
+# Every one of nnU-Net's readers and writers keeps it: above 255 they write uint16, and float32 holds it exactly.
+PLACEHOLDER = 65521
+MANIFEST = "modalities.csv"
+STOCK_PREPROCESSOR, PREPROCESSOR = "DefaultPreprocessor", "MultimodalPreprocessor"
+FINGERPRINT_KEY = "nnunet_multimodal"
+
+Properties = dict[str, Any]
+RunCase = Callable[..., tuple[np.ndarray, np.ndarray, Properties]]
+
+
+def find_placeholders(data: np.ndarray) -> np.ndarray:
+    """Which channels of raw images (C, *D) are placeholders: (C,) bool."""
+    return np.array([channel.flat[0] == PLACEHOLDER and bool((channel == PLACEHOLDER).all()) for channel in data])
+
+
+def check_image(data: np.ndarray, files: Sequence[str | os.PathLike]) -> np.ndarray:
+    """Which channels (C, *D) of a case are placeholders: (C,) bool.
+
+    Raises:
+        UserError: all of them, or NaN in an image.
+    """
+    unknown = int(np.isnan(data).sum())
+    if unknown:
+        channels = sorted({int(channel) for channel in np.argwhere(np.isnan(data))[:, 0]})
+        named = ", ".join(str(files[c]) for c in channels) if len(files) == len(data) else str(list(files))
+        raise UserError(f"{named}: NaN in {unknown} voxels; give them a value, or leave out the file")
+    absent = find_placeholders(data)
+    if absent.all():
+        raise UserError(f"{', '.join(map(str, files))}: no modality is there, all are placeholders; leave out the case")
+    return absent
+
+
+def preprocess_present(
+    run_case: RunCase, data: np.ndarray, seg: np.ndarray | None, properties: Properties, absent: np.ndarray, *plan: Any
+) -> tuple[np.ndarray, np.ndarray, Properties]:
+    """nnU-Net's ``run_case_npy`` with absent channels left out of everything, and all-NaN in the result.
+
+    Args:
+        run_case: nnU-Net's, or another preprocessor's.
+        data: raw images (C, *D).
+        seg: raw segmentation (1, *D), or None.
+        properties: what the reader says of them.
+        absent: (C,) bool.
+        plan: what ``run_case`` takes besides.
+    """
+    if absent.any():
+        data = data.copy()
+        data[absent] = 0  # nothing, for the crop; channels are normalised one by one
+    data, seg, properties = run_case(data, seg, properties, *plan)
+    data[: len(absent)][absent] = np.nan
+    return data, seg, properties
+
+
+class MultimodalPreprocessor(DefaultPreprocessor):
+    """nnU-Net's preprocessor; placeholders become all-NaN channels."""
+
+    def run_case_npy(
+        self, data: np.ndarray, seg: np.ndarray | None, properties: Properties, *plan: Any, **named_plan: Any
+    ) -> tuple[np.ndarray, np.ndarray, Properties]:
+        """nnU-Net's; channels that are placeholders become NaN.
+
+        Raises:
+            UserError: all of them, or NaN in an image.
+        """
+        absent = check_image(data, [f"channel {channel}" for channel in range(len(data))])
+        run_case = partial(super().run_case_npy, **named_plan)
+        return preprocess_present(run_case, data, seg, properties, absent, *plan)
+
+    def run_case(self, image_files: list[str], *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray, Properties]:
+        """nnU-Net's, with the files' names in an error."""
+        try:
+            return super().run_case(image_files, *args, **kwargs)
+        except UserError as error:
+            raise UserError(f"{error}\nfiles: {', '.join(map(str, image_files))}") from error
+
+
+class CaseFingerprint(NamedTuple):
+    """What nnU-Net's fingerprint takes from a case; ``intensities`` has None for an absent channel."""
+
+    shape: tuple[int, ...]
+    spacing: Sequence[float]
+    intensities: list[np.ndarray | None]
+    relative_size: float
+
+
+def analyze_case(
+    image_files: list[str], segmentation_file: str, reader: type[BaseReaderWriter], num_samples: int
+) -> CaseFingerprint:
+    """nnU-Net's analysis of a case, absent modalities left out.
+
+    Raises:
+        UserError: no modality is present, or NaN in an image.
+    """
+    images, properties = reader().read_images(image_files)
+    absent = check_image(images, image_files)
+    images[absent] = 0
+    cropped, seg, _ = crop_to_nonzero(images, reader().read_seg(segmentation_file)[0])
+    present, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
+        seg, cropped[~absent], num_samples=num_samples
+    )
+    found = iter(present)
+    return CaseFingerprint(
+        shape=cropped.shape[1:],
+        spacing=properties["spacing"],
+        intensities=[None if gone else next(found) for gone in absent],
+        relative_size=np.prod(cropped.shape[1:]) / np.prod(images.shape[1:]),
+    )
+
+
+class MultimodalFingerprintExtractor(DatasetFingerprintExtractor):
+    """nnU-Net's fingerprint, from the modalities that are there."""
+
+    def run(self, overwrite_existing: bool = False) -> dict:
+        """Extract and save the fingerprint, as nnU-Net's extractor does; returns it.
+
+        Raises:
+            UserError: a modality is absent in all cases, a case has none, or NaN in an image.
+        """
+        file = Path(nnUNet_preprocessed) / self.dataset_name / "dataset_fingerprint.json"
+        if file.is_file() and not overwrite_existing:
+            return load_json(str(file))
+        cases = list(self._analyze_all())
+        channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
+        statistics, counts = {}, {}
+        for channel, name in enumerate(channels.values()):
+            there = [values for case in cases if (values := case.intensities[channel]) is not None]
+            if not there:
+                raise UserError(
+                    f"{self.dataset_name}: no case has {name} (_{channel:04d}); take it out of dataset.json"
+                )
+            statistics[channel] = intensity_statistics(np.concatenate(there))
+            counts[str(name)] = len(there)
+        fingerprint = {
+            "spacings": [case.spacing for case in cases],
+            "shapes_after_crop": [case.shape for case in cases],
+            "foreground_intensity_properties_per_channel": statistics,
+            "median_relative_size_after_cropping": np.median([case.relative_size for case in cases], 0),
+        }
+        if min(counts.values()) < len(cases):
+            fingerprint[FINGERPRINT_KEY] = {"cases": len(cases), "cases_with": counts}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_name(f".{file.name}.part")
+        save_json(fingerprint, str(beside))
+        beside.replace(file)
+        return fingerprint
+
+    def _analyze_all(self) -> list[CaseFingerprint]:
+        files = list(self.dataset.values())
+        reader = determine_reader_writer_from_dataset_json(self.dataset_json, files[0]["images"][0])
+        num_samples = int(self.num_foreground_voxels_for_intensitystats // len(files))
+        analyze = partial(analyze_case, reader=reader, num_samples=num_samples)
+        columns = [case["images"] for case in files], [case["label"] for case in files]
+        progress = partial(
+            tqdm, desc="Extracting dataset fingerprint", total=len(files), disable=not self.show_progress_bar
+        )
+        if self.num_processes <= 1:
+            return list(progress(map(analyze, *columns)))
+        with ProcessPoolExecutor(self.num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return list(progress(pool.map(analyze, *columns)))
+
+
+def intensity_statistics(values: np.ndarray) -> dict[str, float]:
+    """What nnU-Net's fingerprint says of a channel."""
+    low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
+    return {
+        "mean": float(np.mean(values)),
+        "median": float(median),
+        "std": float(np.std(values)),
+        "min": float(np.min(values)),
+        "max": float(np.max(values)),
+        "percentile_99_5": float(high),
+        "percentile_00_5": float(low),
+    }
+
+
+def read_manifest(file: Path, channels: Sequence[str]) -> dict[str, list[bool]]:
+    """Case -> which modalities it has, from the table that ``nnunet-multimodal complete`` writes.
+
+    Raises:
+        UserError: other columns, or an entry that is neither 0 nor 1.
+    """
+    with file.open(newline="") as lines:
+        rows = [row for row in csv.reader(lines) if row]
+    if not rows or rows[0] != ["case", *channels]:
+        found = ",".join(rows[0]) if rows else "nothing"
+        raise UserError(f"{file} begins with {found!r}, not 'case,{','.join(channels)}'; correct it or delete it")
+    manifest = {}
+    for row in rows[1:]:
+        if len(row) != len(rows[0]) or not set(row[1:]) <= {"0", "1"}:
+            raise UserError(f"{file}: {','.join(row)!r} is not a case with 0 or 1 for each of {', '.join(channels)}")
+        manifest[row[0]] = [entry == "1" for entry in row[1:]]
+    return manifest
+
+
+def check_incomplete(dataset_name: str, fingerprint: dict, preprocessor: str) -> None:
+    """Refuse plans that take placeholders for images.
+
+    Args:
+        dataset_name: whose raw folder may have a manifest.
+        fingerprint: of the dataset.
+        preprocessor: the plans'.
+
+    Raises:
+        UserError: there are placeholders, and fingerprint or preprocessor do not know them.
+    """
+    file = Path(nnUNet_raw or "") / dataset_name / "imagesTr" / MANIFEST
+    if not nnUNet_raw or not file.is_file():
+        return
+    with file.open(newline="") as lines:
+        incomplete = [row[0] for row in list(csv.reader(lines))[1:] if "0" in row[1:]]
+    if not incomplete:
+        return
+    remedy = (
+        f"plan with nnUNetv2_plan_and_preprocess -fpe {MultimodalFingerprintExtractor.__name__} "
+        f"-preprocessor_name {PREPROCESSOR} --clean"
+    )
+    what = f"{len(incomplete)} cases of {dataset_name} lack modalities ({file})"
+    if FINGERPRINT_KEY not in fingerprint:
+        raise UserError(f"{what}, and its fingerprint was taken of their placeholders; {remedy}")
+    if preprocessor == STOCK_PREPROCESSOR:
+        raise UserError(f"{what}, and {preprocessor} takes their placeholders for images; {remedy}")

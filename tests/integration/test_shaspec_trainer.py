@@ -1,0 +1,5 @@
+from tests.contracts import TrainerContract
+
+
+class TestShaSpecModalityDropoutTrainer(TrainerContract):
+    trainer = "ShaSpecModalityDropoutTrainer"
