@@ -17,6 +17,8 @@ COMMANDS = {
     "complete": ("nnunet_multimodal.complete", "placeholders for the modalities that cases lack, and back"),
     "predict": ("nnunet_multimodal.inference.predict", "nnUNetv2_predict with samples, uncertainty maps and intervals"),
     "evaluate": ("nnunet_multimodal.evaluate", "Dice, HD95, surface distance, D_GED^2 and calibration of a folder"),
+    "postprocess": ("nnunet_multimodal.postprocess", "turn a label that is hardly there into another one"),
+    "features": ("nnunet_multimodal.inference.features", "shared and specific features of modalities, and their t-SNE"),
     "uncertainty": ("nnunet_multimodal.inference.uncertainty", "maps of each modality's uncertainty for whole images"),
 }
 
