@@ -8,6 +8,7 @@ os.environ.setdefault("nnUNet_def_n_proc", "1")
 os.environ.setdefault("nnUNet_compile", "f")
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +31,21 @@ def datasets(tmp_path_factory):
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_fingerprints():
+    """nnU-Net draws 1e8 intensities for a fingerprint, however few there are: seconds for nothing in every dataset."""
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    initialise = DatasetFingerprintExtractor.__init__
+
+    def with_fewer_samples(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        self.num_foreground_voxels_for_intensitystats = 1e5
+
+    with mock.patch.object(DatasetFingerprintExtractor, "__init__", with_fewer_samples):
+        yield
 
 
 @pytest.fixture

@@ -82,7 +82,8 @@ def test_absent_channels_do_not_enter_the_statistics(incomplete, tmp_path):
     assert ours["nnunet_multimodal"] == {"cases": 5, "cases_with": {"T1": 3, "T2": 4, "PET": 3}}
     for channel in range(3):
         having = [case for case in range(5) if channel not in ABSENT.get(case, ())]
-        alone = NnUNet(tmp_path / str(channel)) if (tmp_path / str(channel)).mkdir() is None else None
+        (tmp_path / str(channel)).mkdir()
+        alone = NnUNet(tmp_path / str(channel))
         write_raw(alone, "labels")
         for file in (alone.raw / DATASET).rglob("case_*"):
             if int(file.name.split("_")[1].split(".")[0]) not in having:
@@ -91,7 +92,7 @@ def test_absent_channels_do_not_enter_the_statistics(incomplete, tmp_path):
         expected = fingerprint(alone)["foreground_intensity_properties_per_channel"][str(channel)]
         found = ours["foreground_intensity_properties_per_channel"][str(channel)]
         # nnU-Net draws with replacement, other numbers for other sets of cases; extremes are hit by all
-        assert found == pytest.approx(expected, rel=0.02, abs=0.01)
+        assert found == pytest.approx(expected, rel=0.02, abs=0.03)
         assert found["max"] < 10 < PLACEHOLDER
 
 
@@ -290,14 +291,14 @@ def trained(incomplete, datasets, tmp_path_factory):
 
 
 def images_to_predict(nnunet, folder, absent):
-    """Two cases of the training data, with images beyond the patch so that it is tiled."""
+    """Two cases larger than the patch, so that they are tiled."""
     folder.mkdir()
     for case in range(2):
         for channel in range(3):
             if channel not in absent.get(case, ()):
                 source = nnunet.raw / DATASET / "imagesTr" / f"case_2_{channel:04d}.nii.gz"
                 image = SimpleITK.ReadImage(str(source))
-                array = np.tile(SimpleITK.GetArrayFromImage(image), (1, 2, 2))
+                array = np.tile(SimpleITK.GetArrayFromImage(image), (1, 1, 2))
                 larger = SimpleITK.GetImageFromArray(array)
                 larger.SetSpacing(image.GetSpacing())
                 SimpleITK.WriteImage(larger, str(folder / f"case_{case}_{channel:04d}.nii.gz"))
