@@ -140,7 +140,7 @@ def draw_samples(args: argparse.Namespace, cases: list[Case], folder: Path) -> N
     fig.supylabel("diversity of the raters", fontsize=9)
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=9)
-    common.save(fig, args, "lidc_samples")
+    common.save(fig, args, f"{args.name}_samples")
 
 
 def draw_scores(args: argparse.Namespace, methods: Mapping[str, Any], floor: Mapping[str, Any], raters: Any) -> None:
@@ -168,4 +168,4 @@ def draw_scores(args: argparse.Namespace, methods: Mapping[str, Any], floor: Map
     for ax in (left, right):
         ax.set_ylim(0, 1.2 * ax.get_ylim()[1])
         ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper right")
-    common.save(fig, args, "lidc")
+    common.save(fig, args, args.name)

@@ -182,6 +182,7 @@ def sts_ssn(result: Result, table: Table) -> str:
 # benchmark -> its heading and what writes its section
 SECTIONS: dict[str, tuple[str, Callable[[Result, Table], str]]] = {
     "lidc": ("SSN on lung nodules with four raters", lidc),
+    "lidc_long": ("SSN on lung nodules with four raters, trained longer", lidc),
     "sts_ssn": ("Intervals of a tumour's volume", sts_ssn),
     "ssn_toy": ("SSN's toy problem", ssn_toy),
     "ssn_loss": ("What SSN's loss costs", ssn_loss),

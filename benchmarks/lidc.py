@@ -241,6 +241,7 @@ def main() -> None:
     p.add_argument("--samples", type=int, default=100)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--name", default="lidc", help="of the results' files, such as lidc_long for a longer training")
     p.add_argument("--note", default="", help="recorded with the figures, for what a reader should know of the run")
     args = p.parse_args()
     args.work = (args.work or args.out.resolve().parent / "work" / "lidc").resolve()
@@ -278,7 +279,7 @@ def main() -> None:
         "floors": floor,
         "raters": raters,
     }
-    common.write(args, "lidc", figures)
+    common.write(args, args.name, figures)
 
 
 def print_scores(name: str, scores: dict[str, Any]) -> None:

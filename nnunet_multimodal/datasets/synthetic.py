@@ -30,7 +30,7 @@ SCALE = 1000  # intensities are stored as int16
 
 _NOISE = 0.05
 _BIAS = 0.12
-_SUPERSAMPLING = 2
+SUPERSAMPLING = 2
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def make_case(seed: int, index: int) -> SyntheticCase:
     rng = np.random.default_rng([seed, index])
     tissue = _render_structures(rng)  # (2Z, 2Y, 2X), 0..3
     # nested structures: a voxel's label is the number of structures that fill at least half of it
-    labels = np.sum([_average(tissue >= label) >= 0.5 for label in range(1, len(STRUCTURES) + 1)], axis=0)
-    images = np.stack([_average(intensity[tissue]) for intensity in INTENSITY])
-    images *= np.exp(_BIAS * np.stack([_smooth_field(rng, SHAPE) for _ in MODALITIES]))
+    labels = np.sum([average(tissue >= label) >= 0.5 for label in range(1, len(STRUCTURES) + 1)], axis=0)
+    images = np.stack([average(intensity[tissue]) for intensity in INTENSITY])
+    images *= np.exp(_BIAS * np.stack([smooth_field(rng, SHAPE) for _ in MODALITIES]))
     images += _NOISE * rng.standard_normal(images.shape)
     corrupted, corruption = _corrupt(rng, images, labels)
     return SyntheticCase(np.rint(images * SCALE).astype(np.int16), labels.astype(np.uint8), corrupted, corruption)
@@ -102,29 +102,29 @@ def write_dataset(folder: str | os.PathLike, *, num_training: int = 20, num_test
 
 def _render_structures(rng: np.random.Generator) -> np.ndarray:
     """The nested structures at the fine resolution: 0 tissue, 1 organ, 2 lesion, 3 core."""
-    shape = [_SUPERSAMPLING * size for size in SHAPE]
-    steps = [size / _SUPERSAMPLING for size in SPACING_MM]
+    shape = [SUPERSAMPLING * size for size in SHAPE]
+    steps = [size / SUPERSAMPLING for size in SPACING_MM]
     axes = [(np.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, steps, strict=True)]
     position_mm = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, 2Z, 2Y, 2X), 0 at the centre
 
     centre_mm = rng.uniform(-5, 5, 3)
-    organ = _blob(rng, position_mm, centre_mm, rng.uniform(18, 22, 3))
+    organ = blob(rng, position_mm, centre_mm, rng.uniform(18, 22, 3))
     centre_mm = centre_mm + rng.uniform(-5, 5, 3)
-    lesion = organ & _blob(rng, position_mm, centre_mm, rng.uniform(12, 15, 3))
+    lesion = organ & blob(rng, position_mm, centre_mm, rng.uniform(12, 15, 3))
     centre_mm = centre_mm + rng.uniform(-1.5, 1.5, 3)
-    core = lesion & _blob(rng, position_mm, centre_mm, rng.uniform(8, 10.5, 3))
+    core = lesion & blob(rng, position_mm, centre_mm, rng.uniform(8, 10.5, 3))
     return organ.astype(np.uint8) + lesion + core
 
 
-def _blob(rng: np.random.Generator, position_mm: np.ndarray, centre_mm: np.ndarray, radii_mm: np.ndarray) -> np.ndarray:
+def blob(rng: np.random.Generator, position_mm: np.ndarray, centre_mm: np.ndarray, radii_mm: np.ndarray) -> np.ndarray:
     """A randomly rotated ellipsoid with a wavy surface, as a mask on the grid ``position_mm`` (3, *D)."""
     rotation, _ = np.linalg.qr(rng.standard_normal((3, 3)))
     offset = position_mm - centre_mm[:, None, None, None]
     radius = np.linalg.norm(np.tensordot(rotation / radii_mm[:, None], offset, 1), axis=0)
-    return radius < 1 + 0.08 * _smooth_field(rng, offset.shape[1:])
+    return radius < 1 + 0.08 * smooth_field(rng, offset.shape[1:])
 
 
-def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: int = 5) -> np.ndarray:
+def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: int = 5) -> np.ndarray:
     """A random field of mean 0 and variance 1 that varies over about a fourth of the volume."""
     field = rng.standard_normal((knots,) * len(shape))
     for size in shape:  # spread the first axis by Gaussian bumps around its knots; it then is the last one
@@ -133,9 +133,9 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: int =
     return (field - field.mean()) / field.std()
 
 
-def _average(fine: np.ndarray) -> np.ndarray:
+def average(fine: np.ndarray) -> np.ndarray:
     """Mean of every voxel's subvoxels."""
-    blocks = [part for size in fine.shape for part in (size // _SUPERSAMPLING, _SUPERSAMPLING)]
+    blocks = [part for size in fine.shape for part in (size // SUPERSAMPLING, SUPERSAMPLING)]
     return fine.reshape(blocks).mean(axis=(1, 3, 5))
 
 
