@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import geometry_difference, list_channels
-from nnunet_multimodal.preprocessing import MANIFEST, PLACEHOLDER, find_placeholders, read_manifest
+from nnunet_multimodal.preprocessing import MANIFEST, PLACEHOLDER, channel_names, find_placeholders, read_manifest
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,11 @@ def open_folder(path: Path, dataset_json: Path | None) -> tuple[Folder, dict[str
     if found is None:
         raise UserError(f"{' and '.join(map(str, candidates))}: not there; name the dataset's with --dataset-json")
     dataset = json.loads(found.read_text())
-    channels = dataset.get("channel_names", dataset.get("modality"))
-    if not channels or "file_ending" not in dataset:
+    names = tuple(channel_names(dataset))
+    if not names or "file_ending" not in dataset:
         raise UserError(f"{found} has no channel_names or no file_ending; it is not a dataset.json of nnU-Net v2")
-    names = tuple(str(channels[key]) for key in sorted(channels, key=int))
+    if dataset["file_ending"].lower() == ".bmp":
+        raise UserError(f"{found} has images as .bmp, which cannot hold a placeholder (16 bits); convert them to .png")
     files = list_channels(path, dataset["file_ending"], len(names))
     example = next(path / f"{case}_{min(found):04d}{dataset['file_ending']}" for case, found in sorted(files.items()))
     reader = determine_reader_writer_from_dataset_json(dataset, str(example), verbose=False)
@@ -223,7 +224,8 @@ def summary(folder: Folder, reports: dict[str, CaseReport], written: int) -> str
     each = ", ".join(f"{name} {count}" for name, count in zip(folder.channels, counts, strict=True))
     return (
         f"{len(reports)} cases, {complete} complete; cases with {each}\n"
-        f"{written} placeholders written, all in {folder.manifest}"
+        f"{written} placeholders written, all in {folder.manifest}\n"
+        "Train on incomplete cases with this package's trainers; nnU-Net's own take NaN for numbers."
     )
 
 

@@ -48,22 +48,24 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--below {args.below} must be at least 1")
     dataset = json.loads((args.i / "dataset.json").read_text())
     small, other = parse_rule(args.small, dataset["labels"])
-    files = sorted(f for f in args.i.iterdir() if f.name.endswith(dataset["file_ending"]) and f.name[0] != ".")
+    ending = dataset["file_ending"]
+    files = sorted(f for f in args.i.iterdir() if f.name.endswith(ending) and f.name[0] != ".")
     if not files:
-        raise UserError(f"no label map ending in {dataset['file_ending']} in {args.i}")
+        raise UserError(f"no label map ending in {ending} in {args.i}")
     args.o.mkdir(parents=True, exist_ok=True)
     reader = PlansManager(str(args.i / "plans.json")).image_reader_writer_class()
     changed = []
     for file in tqdm(files, desc="postprocess", unit="case"):
         segmentation, properties = reader.read_seg(str(file))
-        beside, target = args.o / f".{file.name}", args.o / file.name
         replaced = replace_small(segmentation[0], small, other, args.below)
-        if replaced is None:
-            shutil.copyfile(file, beside)
-        else:
+        if replaced is not None:
             changed.append(file.name)
-            reader.write_seg(replaced, str(beside), properties)
-        beside.replace(target)
+        beside = args.o / f".{file.name}"
+        reader.write_seg(segmentation[0] if replaced is None else replaced, str(beside), properties)
+        name = file.name.removesuffix(ending)
+        for suffix in (".json", ending):  # of 3D tiff the spacing; the label map last
+            if (args.o / f".{name}{suffix}").is_file():
+                (args.o / f".{name}{suffix}").replace(args.o / f"{name}{suffix}")
     for name in ("dataset.json", "plans.json"):
         shutil.copyfile(args.i / name, args.o / name)
     print(f"{len(changed)} of {len(files)} cases changed" + (f": {', '.join(changed)}" if changed else ""))

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
 
-# Every one of nnU-Net's readers and writers keeps it: above 255 they write uint16, and float32 holds it exactly.
+# nnU-Net's readers and writers keep it (but for BMP): above 255 they write uint16, and float32 holds it exactly.
 PLACEHOLDER = 65521
 MANIFEST = "modalities.csv"
 STOCK_PREPROCESSOR, PREPROCESSOR = "DefaultPreprocessor", "MultimodalPreprocessor"
@@ -42,17 +42,28 @@ Properties = dict[str, Any]
 RunCase = Callable[..., tuple[np.ndarray, np.ndarray, Properties]]
 
 
+def channel_names(dataset_json: dict) -> list[str]:
+    """Names of the image channels, in the order of their numbers; not always different ones."""
+    names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    return [str(names[key]) for key in sorted(names, key=int)]
+
+
 def find_placeholders(data: np.ndarray) -> np.ndarray:
     """Which channels of raw images (C, *D) are placeholders: (C,) bool."""
     return np.array([channel.flat[0] == PLACEHOLDER and bool((channel == PLACEHOLDER).all()) for channel in data])
 
 
-def check_image(data: np.ndarray, files: Sequence[str | os.PathLike]) -> np.ndarray:
+def check_image(data: np.ndarray, files: Sequence[str | os.PathLike], num_channels: int) -> np.ndarray:
     """Which channels (C, *D) of a case are placeholders: (C,) bool.
 
     Raises:
-        UserError: all of them, or NaN in an image.
+        UserError: all of them, a channel without a file, or NaN in an image.
     """
+    if len(data) != num_channels:
+        raise UserError(
+            f"{', '.join(map(str, files))}: {len(data)} of {num_channels} modalities; complete the folder with "
+            f"nnunet-multimodal complete {os.path.dirname(str(files[0])) or 'FOLDER'}"
+        )
     unknown = int(np.isnan(data).sum())
     if unknown:
         channels = sorted({int(channel) for channel in np.argwhere(np.isnan(data))[:, 0]})
@@ -94,9 +105,11 @@ class MultimodalPreprocessor(DefaultPreprocessor):
         """nnU-Net's; channels that are placeholders become NaN.
 
         Raises:
-            UserError: all of them, or NaN in an image.
+            UserError: all of them, a channel too few, or NaN in an image.
         """
-        absent = check_image(data, [f"channel {channel}" for channel in range(len(data))])
+        configuration = named_plan.get("configuration_manager") or plan[1]
+        names = [f"channel {channel}" for channel in range(len(data))]
+        absent = check_image(data, names, len(configuration.normalization_schemes))
         run_case = partial(super().run_case_npy, **named_plan)
         return preprocess_present(run_case, data, seg, properties, absent, *plan)
 
@@ -105,7 +118,7 @@ class MultimodalPreprocessor(DefaultPreprocessor):
         try:
             return super().run_case(image_files, *args, **kwargs)
         except UserError as error:
-            raise UserError(f"{error}\nfiles: {', '.join(map(str, image_files))}") from error
+            raise UserError(f"{', '.join(map(str, image_files))}: {error}") from error
 
 
 class CaseFingerprint(NamedTuple):
@@ -118,15 +131,19 @@ class CaseFingerprint(NamedTuple):
 
 
 def analyze_case(
-    image_files: list[str], segmentation_file: str, reader: type[BaseReaderWriter], num_samples: int
+    image_files: list[str],
+    segmentation_file: str,
+    reader: type[BaseReaderWriter],
+    num_samples: int,
+    num_channels: int,
 ) -> CaseFingerprint:
     """nnU-Net's analysis of a case, absent modalities left out.
 
     Raises:
-        UserError: no modality is present, or NaN in an image.
+        UserError: no modality is present, one has no file, or NaN in an image.
     """
     images, properties = reader().read_images(image_files)
-    absent = check_image(images, image_files)
+    absent = check_image(images, image_files, num_channels)
     images[absent] = 0
     cropped, seg, _ = crop_to_nonzero(images, reader().read_seg(segmentation_file)[0])
     present, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
@@ -154,24 +171,23 @@ class MultimodalFingerprintExtractor(DatasetFingerprintExtractor):
         if file.is_file() and not overwrite_existing:
             return load_json(str(file))
         cases = list(self._analyze_all())
-        channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
-        statistics, counts = {}, {}
-        for channel, name in enumerate(channels.values()):
+        statistics, counts = {}, []
+        for channel, name in enumerate(channel_names(self.dataset_json)):
             there = [values for case in cases if (values := case.intensities[channel]) is not None]
             if not there:
                 raise UserError(
                     f"{self.dataset_name}: no case has {name} (_{channel:04d}); take it out of dataset.json"
                 )
             statistics[channel] = intensity_statistics(np.concatenate(there))
-            counts[str(name)] = len(there)
+            counts.append(len(there))
         fingerprint = {
             "spacings": [case.spacing for case in cases],
             "shapes_after_crop": [case.shape for case in cases],
             "foreground_intensity_properties_per_channel": statistics,
             "median_relative_size_after_cropping": np.median([case.relative_size for case in cases], 0),
         }
-        if min(counts.values()) < len(cases):
-            fingerprint[FINGERPRINT_KEY] = {"cases": len(cases), "cases_with": counts}
+        if min(counts) < len(cases):
+            fingerprint[FINGERPRINT_KEY] = {"cases": len(cases), "cases_with_channel": counts}
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(f".{file.name}.part")
         save_json(fingerprint, str(beside))
@@ -182,7 +198,8 @@ class MultimodalFingerprintExtractor(DatasetFingerprintExtractor):
         files = list(self.dataset.values())
         reader = determine_reader_writer_from_dataset_json(self.dataset_json, files[0]["images"][0])
         num_samples = int(self.num_foreground_voxels_for_intensitystats // len(files))
-        analyze = partial(analyze_case, reader=reader, num_samples=num_samples)
+        num_channels = len(channel_names(self.dataset_json))
+        analyze = partial(analyze_case, reader=reader, num_samples=num_samples, num_channels=num_channels)
         columns = [case["images"] for case in files], [case["label"] for case in files]
         progress = partial(
             tqdm, desc="Extracting dataset fingerprint", total=len(files), disable=not self.show_progress_bar

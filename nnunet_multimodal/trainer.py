@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_multimodal.backbones import BACKBONES
+from nnunet_multimodal.doctor import hook_file
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.losses import Objective
 from nnunet_multimodal.modalities import ModalityDropout
@@ -61,7 +62,8 @@ class MultimodalTrainer(nnUNetTrainer):
             load_json(str(Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json")),
             self.configuration_manager.configuration["preprocessor_name"],
         )
-        know_placeholders(self.plans_manager.plans)
+        if hook_file() is not None:  # else nnU-Net's workers would not find our preprocessor
+            know_placeholders(self.plans_manager.plans)
         super().initialize()
 
     @classmethod

@@ -178,6 +178,7 @@ def _with_cascade(plans: dict) -> dict:
     for configuration in configurations.values():
         if "batch_size" in configuration:
             configuration["batch_size"] = 2
+            configuration["nnunet_multimodal"] = {"modality_dropout": {"warm_up": 0}}  # trainings are of one epoch
     return plans
 
 

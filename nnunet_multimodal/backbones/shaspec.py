@@ -13,7 +13,7 @@ Deviations from the paper or the authors' code, each with its reason:
   larger than the features that it should be a residual of.
 - An absent modality's shared features are the mean of the present ones' (Eq. 4), in the skips too; the authors' code
   takes the first present one (``substitution="first"``) and feeds zeros through the encoder for the skips.
-- The alignment is the mean over all pairs of present modalities, not their sum, so that a sample's weight does not
+- The alignment is the mean over a sample's pairs of present modalities, not their sum, so that its weight does not
   depend on how many are present; the authors' code sums a ring of four. The Kullback-Leibler divergence is symmetric,
   for the same reason that all pairs are taken: modalities have no order.
 - Losses are computed in float32, from features before substitution; samples with fewer than two modalities align
@@ -59,10 +59,11 @@ def substitution_weights(present: Tensor, substitution: str = "mean") -> Tensor:
 
 
 def mean_over_pairs(distance: Tensor, present: Tensor) -> Tensor:
-    """Mean of (B, M, M) over all pairs of different present modalities (B, M); zero where there is none."""
+    """Mean of (B, M, M) over each sample's pairs of present modalities (B, M), then over the samples that have any."""
     pairs = present[:, :, None] & present[:, None]
     pairs = pairs & ~torch.eye(present.shape[1], dtype=torch.bool, device=present.device)
-    return (distance * pairs).sum() / pairs.sum().clamp_min(1)
+    count = pairs.sum((1, 2))
+    return ((distance * pairs).sum((1, 2)) / count.clamp_min(1)).sum() / (count > 0).sum().clamp_min(1)
 
 
 class ResidualProjection(nn.Module):
@@ -195,7 +196,8 @@ class ShaSpecBackbone(Backbone):
             if self.alignment == "kl":
                 divergence = (log_q.exp()[:, :, None] * (log_q[:, :, None] - log_q[:, None])).sum(-1)
                 return mean_over_pairs(divergence, present)
-            return -(log_q.mean(-1) * present).sum() / present.sum()
+            several = present & (present.sum(1, keepdim=True) > 1)
+            return -(log_q.mean(-1) * several).sum() / several.sum().clamp_min(1)
 
     def classification_loss(self, specific: Tensor, present: Tensor) -> Tensor:
         """DCO of the specific bottleneck features (B, M, F, *d): a scalar, float32 (Eq. 5)."""

@@ -47,9 +47,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean over cases with its interval; p against the baseline, corrected over a model's cells of the metric.
+    """Mean over the cases with a finite value, with its interval; p against the baseline, corrected.
 
-    ``n`` cases have a finite value, ``without_value`` are infinite (nothing predicted, or nothing there).
+    Of ``cases`` measured, ``n`` have a finite value. ``without_value`` have an infinite distance in it (prediction or
+    reference lacks a label): it is not in the mean, and the worst of all in the comparison. The correction is over a
+    model's cells of the metric.
     """
 
     mean: float
@@ -57,6 +59,7 @@ class Cell:
     high: float
     n: int
     without_value: int
+    cases: int
     p: float = math.nan
     p_holm: float = math.nan
 
@@ -67,7 +70,7 @@ class Scores:
 
     models: tuple[str, ...]
     baseline: str
-    channels: tuple[str, ...]
+    modalities: tuple[str, ...]
     labels: tuple[Label, ...]
     names: tuple[str, ...]
     cells: dict[Key, Cell] = field(default_factory=dict)
@@ -84,18 +87,26 @@ class Scores:
         return [*found, AVERAGE]
 
 
+class Value(NamedTuple):
+    """Of a case: the mean of what is finite, and the mean of all, infinite if a term is."""
+
+    finite: float
+    whole: float
+
+    @classmethod
+    def of(cls, terms: Sequence[Value]) -> Value:
+        """The mean of several; NaN terms have no part in it."""
+        whole = [term.whole for term in terms if not math.isnan(term.whole)]
+        return cls(mean([term.finite for term in terms]), float(np.mean(whole)) if whole else math.nan)
+
+
 def summarise(measured: Sequence[Measured], scores: Scores) -> Scores:
     """Means, intervals and comparisons of every model, subset, label and metric.
 
-    The row of averages is the mean over the subsets of each case, over the cases that have all of a model's subsets;
-    infinite distances are left out of it and counted.
+    The row of averages is the mean over the subsets of each case, over the cases that have all of a model's subsets.
     """
     values = _values(measured, scores)
-    cells = {key: _cell(cases) for key, cases in values.items()}
-    for key, cell in cells.items():
-        if key.subset == AVERAGE:  # its terms are finite
-            rows = [other for other in cells if other.subset and other == key._replace(subset=other.subset)]
-            cells[key] = replace(cell, without_value=sum(cells[other].without_value for other in rows))
+    cells = {key: _cell(list(cases.values())) for key, cases in values.items()}
     for model in scores.models:
         for metric in METRICS if model != scores.baseline else ():
             keys = [key for key in cells if key.model == model and key.metric == metric]
@@ -105,15 +116,15 @@ def summarise(measured: Sequence[Measured], scores: Scores) -> Scores:
     return replace(scores, cells=cells)
 
 
-def _values(measured: Sequence[Measured], scores: Scores) -> dict[Key, dict[str, float]]:
+def _values(measured: Sequence[Measured], scores: Scores) -> dict[Key, dict[str, Value]]:
     """Case -> value of every cell."""
-    values: dict[Key, dict[str, float]] = {}
+    values: dict[Key, dict[str, Value]] = {}
     for entry in measured:
         for metric in METRICS:
-            found = [entry.measures.by_label[label][metric] for label in scores.labels]
+            found = [Value(mean([x]), x) for x in (entry.measures.by_label[label][metric] for label in scores.labels)]
             row = dict(zip(scores.names, found, strict=True))
             if len(found) > 1:
-                row[MEAN_LABEL] = mean(found)
+                row[MEAN_LABEL] = Value.of(found)
             for label, value in row.items():
                 values.setdefault(Key(entry.model, entry.subset, label, metric), {})[entry.case] = value
     subsets = sorted({key.subset for key in values})
@@ -123,20 +134,21 @@ def _values(measured: Sequence[Measured], scores: Scores) -> dict[Key, dict[str,
                 rows = [values.get(Key(model, subset, label, metric), {}) for subset in subsets]
                 cases = set.intersection(*(set(row) for row in rows))
                 values[Key(model, AVERAGE, label, metric)] = {
-                    case: mean([row[case] for row in rows]) for case in sorted(cases)
+                    case: Value.of([row[case] for row in rows]) for case in sorted(cases)
                 }
     return values
 
 
-def _cell(cases: dict[str, float]) -> Cell:
-    found = list(cases.values())
-    low, high = bootstrap_interval(found)
-    return Cell(mean(found), low, high, int(np.isfinite(found).sum()), int(np.isinf(found).sum()))
+def _cell(cases: Sequence[Value]) -> Cell:
+    finite = [value.finite for value in cases]
+    low, high = bootstrap_interval(finite)
+    without_value = sum(math.isinf(value.whole) for value in cases)
+    return Cell(mean(finite), low, high, int(np.isfinite(finite).sum()), without_value, len(cases))
 
 
-def _compare(cases: dict[str, float], baseline: dict[str, float]) -> float:
+def _compare(cases: dict[str, Value], baseline: dict[str, Value]) -> float:
     both = sorted(cases.keys() & baseline.keys())
-    return paired_p_value([cases[case] for case in both], [baseline[case] for case in both])
+    return paired_p_value([cases[case].whole for case in both], [baseline[case].whole for case in both])
 
 
 def as_csv(scores: Scores) -> str:
@@ -166,26 +178,23 @@ def case_csv(scores: Scores, measured: Sequence[Measured]) -> str:
 
 def as_markdown(scores: Scores) -> str:
     """A table for each metric: mean [95 % interval], an asterisk where the baseline differs significantly."""
-    cases = max(cell.n for cell in scores.cells.values())
+    fewest = min(_cases(subset, scores) for subset in scores.subsets)
     text = [
-        f"Mean over {cases} cases [95 % bootstrap interval]; ● present, ○ absent. * differs from {scores.baseline} "
-        f"(paired Wilcoxon, p < {SIGNIFICANT} after Holm's correction over the model's cells of a table"
-        + (f"; with {cases} cases p is at least {2 / 2**cases:.2g} before it)." if cases < 8 else ").")
+        "Mean over the n cases that have the subset's modalities [95 % bootstrap interval]; ● present, ○ absent, "
+        "∞ cases without a distance, as prediction or reference lacks a label. * differs from "
+        f"{scores.baseline} (paired Wilcoxon, p < {SIGNIFICANT} after Holm's correction over a model's cells of a table"
+        + (f"; with {fewest} cases p is at least {min(1, 2 / 2**fewest):.2g} before it)." if fewest < 8 else ").")
     ]
     columns = [(model, label) for label in scores.columns for model in scores.models]
     for metric, heading in METRICS.items():
-        header = [*scores.channels, *(f"{label}: {model}" for model, label in columns)]
-        text += [
-            "",
-            f"**{heading}**",
-            "",
-            _line(header),
-            _line([":-:"] * len(scores.channels) + ["---:"] * len(columns)),
-        ]
+        header = [*scores.modalities, "n", *(f"{label}: {model}" for model, label in columns)]
+        aligned = [":-:"] * len(scores.modalities) + ["---:"] * (len(columns) + 1)
+        text += ["", f"**{heading}**", "", _line(header), _line(aligned)]
         for subset in scores.subsets:
-            dots = ["●" if m in subset else "○" for m in range(len(scores.channels))] if subset else None
+            dots = ["●" if m in subset else "○" for m in range(len(scores.modalities))] if subset else None
             row = [_format(scores.cells.get(Key(model, subset, label, metric)), metric) for model, label in columns]
-            text.append(_line([*(dots or ["average", *[""] * (len(scores.channels) - 1)]), *row]))
+            first = dots or ["average", *[""] * (len(scores.modalities) - 1)]
+            text.append(_line([*first, str(_cases(subset, scores)), *row]))
     return "\n".join(text) + "\n"
 
 
@@ -213,11 +222,11 @@ def draw(scores: Scores, file: Path) -> None:
                 fontsize=8,
             )
     rows = [
-        " ".join("●" if m in subset else "○" for m in range(len(scores.channels))) if subset else "average"
+        " ".join("●" if m in subset else "○" for m in range(len(scores.modalities))) if subset else "average"
         for subset in subsets
     ]
     axes.set_yticks(range(len(rows)), rows, fontfamily="DejaVu Sans")
-    axes.set_ylabel("  ".join(scores.channels))
+    axes.set_ylabel("  ".join(scores.modalities))
     axes.set_xticks(range(len(columns)), [model for model, _ in columns], rotation=30, ha="right", fontsize=8)
     axes.axhline(len(rows) - 1.5, color="white", linewidth=2)
     top = axes.secondary_xaxis("top")
@@ -233,7 +242,12 @@ def draw(scores: Scores, file: Path) -> None:
 
 
 def _subset(subset: Subset, scores: Scores) -> str:
-    return "+".join(scores.channels[m] for m in subset) or "average"
+    return "+".join(scores.modalities[m] for m in subset) or "average"
+
+
+def _cases(subset: Subset, scores: Scores) -> int:
+    """The cases that were measured with a subset."""
+    return max(cell.cases for key, cell in scores.cells.items() if key.subset == subset)
 
 
 def _mean(cell: Cell | None) -> float:
@@ -241,13 +255,14 @@ def _mean(cell: Cell | None) -> float:
 
 
 def _format(cell: Cell | None, metric: str) -> str:
-    if cell is None or math.isnan(cell.mean):
+    if cell is None:
         return "–"
     digits = 3 if metric == "Dice" else 1
+    value = "–" if math.isnan(cell.mean) else f"{cell.mean:.{digits}f}"
     interval = "" if math.isnan(cell.low) else f" [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
     star = "*" if cell.p_holm < SIGNIFICANT else ""
     missing = f" ({cell.without_value} ∞)" if cell.without_value else ""
-    return f"{cell.mean:.{digits}f}{star}{interval}{missing}"
+    return f"{value}{star}{interval}{missing}"
 
 
 def _line(cells: Sequence[str]) -> str:

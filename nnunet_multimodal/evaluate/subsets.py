@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
-from nnunet_multimodal.evaluate.cases import CaseFiles, LeftOut, Settings, evaluate_all, read_settings
+from nnunet_multimodal.evaluate.cases import CaseFiles, LeftOut, evaluate_all, read_settings
 from nnunet_multimodal.evaluate.report import format_left_out, write_text
 from nnunet_multimodal.evaluate.subset_report import Measured, Scores, as_csv, as_markdown, case_csv, draw, summarise
 from nnunet_multimodal.inference.base import Case, ModelPredictor, Preprocessed, model_folder
@@ -41,11 +41,13 @@ class Model:
 
     def identity(self, args: argparse.Namespace) -> dict[str, Any]:
         """What its predictions depend on; another one must not add to them."""
-        files = sorted(Path(self.folder).glob(f"fold_*/{args.chk}"))
+        checkpoints = sorted(Path(self.folder).glob(f"fold_*/{args.chk}"))
+        images = sorted(Path(args.i).glob(f"*{self.predictor.dataset_json['file_ending']}"))
         return {
             "folder": self.folder,
             "folds": args.f,
-            "checkpoints": [[str(file), file.stat().st_size, int(file.stat().st_mtime)] for file in files],
+            "checkpoints": [[str(file), file.stat().st_size, int(file.stat().st_mtime)] for file in checkpoints],
+            "images": [[str(file), file.stat().st_size, int(file.stat().st_mtime)] for file in images],
             "step_size": args.step_size,
             "mirroring": not args.disable_tta,
         }
@@ -73,32 +75,38 @@ def run(args: argparse.Namespace) -> int:
     """Predict, measure and compare; returns the exit status.
 
     Raises:
-        UserError: a flag is missing, models do not go together, or the folder holds predictions of other models.
+        UserError: a flag is missing or has no meaning here, a model or a reference is not there, models do not go
+            together, or the folder holds predictions of other models or images. Nothing has been predicted then.
     """
-    missing = [flag for flag in ("i", "d", "c", "tr") if getattr(args, flag) is None]
-    if missing:
-        raise UserError(f"--all-subsets needs {', '.join(f'-{flag}' for flag in missing)}")
-    baseline = args.baseline or args.tr[0]
-    if baseline not in args.tr or len(set(args.tr)) < len(args.tr):
-        raise UserError(f"--baseline {baseline} must be one of -tr {' '.join(args.tr)}, each of which is named once")
-    output, left_out, measured = Path(args.pred_folder), [], []
-    for trainer in args.tr:
-        model = open_model(args, trainer)
-        channels = model.predictor.channel_names()
-        cases = model.predictor.cases(args.i, None)
-        left_out += predict_subsets(model, cases, output / model.name, args)
-        settings = read_settings(
-            Path(model.folder) / "dataset.json", Path(model.folder) / "plans.json", args.tolerance_mm
-        )
-        files = find_predictions(model.name, cases, channels, output, args.gt_folder, settings)
-        results = evaluate_all([entry.files for entry in files], settings, args.np)
-        for entry, result in zip(files, results, strict=True):
+    baseline = check_flags(args)
+    models = [open_model(args, trainer) for trainer in args.tr]
+    modalities = models[0].predictor.modality_names()
+    for model in models[1:]:
+        if model.predictor.modality_names() != modalities:
+            theirs = ", ".join(model.predictor.modality_names())
+            raise UserError(f"{models[0].name} has modalities {', '.join(modalities)} and {model.name} {theirs}")
+    cases, output = models[0].predictor.cases(args.i, None), Path(args.pred_folder)
+    first = Path(models[0].folder)
+    settings = read_settings(first / "dataset.json", first / "plans.json", args.tolerance_mm)
+    references = {case.name: args.gt_folder / f"{case.name}{settings.ending}" for case in cases}
+    for reference in references.values():
+        if not reference.is_file():
+            raise UserError(f"{reference} is not there; give a reference for every image of -i")
+    for model in models:
+        check_identity(model, output / model.name, args)
+    left_out, measured = [], []
+    for model in models:
+        predicted, lacking = predict_subsets(model, cases, output / model.name)
+        left_out += lacking
+        files = [CaseFiles(case, references[case], file) for (case, _), file in predicted.items()]
+        for (case, subset), result in zip(predicted, evaluate_all(files, settings, args.np), strict=True):
             left_out += result.left_out
             if result.measures is not None:
-                measured.append(Measured(model.name, entry.subset, entry.files.case, result.measures))
+                measured.append(Measured(model.name, subset, case, result.measures))
+        del model.predictor.network  # the next one may need the memory
     if not measured:
         raise UserError(f"{format_left_out(left_out)}nothing to evaluate in {args.gt_folder} and {args.i}")
-    scores = summarise(measured, Scores(tuple(args.tr), baseline, tuple(channels), settings.labels, settings.names))
+    scores = summarise(measured, Scores(tuple(args.tr), baseline, tuple(modalities), settings.labels, settings.names))
     table = as_markdown(scores)
     write_text(output / "subsets.csv", as_csv(scores))
     write_text(output / "subsets_cases.csv", case_csv(scores, measured))
@@ -108,14 +116,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_flags(args: argparse.Namespace) -> str:
+    """The baseline.
+
+    Raises:
+        UserError: a flag is missing, or has no meaning with ``--all-subsets``.
+    """
+    missing = [f"-{flag}" for flag in ("i", "d", "c", "tr") if getattr(args, flag) is None]
+    if missing:
+        raise UserError(f"--all-subsets needs {', '.join(missing)}")
+    unused = {
+        "-o": args.o,
+        "-djfile": args.djfile,
+        "-pfile": args.pfile,
+        "--raters": args.raters,
+        "--chill": args.chill,
+    }
+    given = [flag for flag, value in unused.items() if value]
+    if given:
+        raise UserError(f"{', '.join(given)} has no meaning with --all-subsets; results go to {args.pred_folder}")
+    baseline = args.baseline or args.tr[0]
+    if baseline not in args.tr or len(set(args.tr)) < len(args.tr):
+        raise UserError(f"--baseline {baseline} must be one of -tr {' '.join(args.tr)}, each of which is named once")
+    return baseline
+
+
 def all_subsets(num_modalities: int) -> list[Subset]:
     """Non-empty subsets of the modalities 0..M-1, the smallest first."""
     return [c for size in range(1, num_modalities + 1) for c in itertools.combinations(range(num_modalities), size)]
 
 
-def subset_name(subset: Subset, channels: Sequence[str]) -> str:
+def subset_name(subset: Subset, modalities: Sequence[str]) -> str:
     """Its folder: FLAIR+T2, with nothing in it that a folder cannot have."""
-    return "+".join("".join(c if c.isalnum() or c in "-." else "_" for c in channels[m]) for m in subset)
+    return "+".join("".join(c if c.isalnum() or c in "-." else "_" for c in modalities[m]) for m in subset)
 
 
 def open_model(args: argparse.Namespace, trainer: str) -> Model:
@@ -130,47 +163,40 @@ def open_model(args: argparse.Namespace, trainer: str) -> Model:
     )
     if predictor.configuration_manager.previous_stage_name is not None:
         raise UserError(f"-c {args.c} comes after another stage; --all-subsets is for configurations of one stage")
-    count = len(predictor.channel_names())
-    if not 2 <= count <= MAX_MODALITIES:
-        raise UserError(f"{folder} has {count} modalities; --all-subsets is for 2 to {MAX_MODALITIES} of them")
+    names = predictor.modality_names()
+    if not 2 <= len(names) <= MAX_MODALITIES:
+        raise UserError(f"{folder} has {len(names)} modalities; --all-subsets is for 2 to {MAX_MODALITIES} of them")
+    if len({subset_name((m,), names) for m in range(len(names))}) < len(names):
+        raise UserError(f"modalities {', '.join(names)} need different names in {folder}/dataset.json")
     return Model(trainer, folder, predictor)
 
 
-def predict_subsets(model: Model, cases: Sequence[Case], output: Path, args: argparse.Namespace) -> list[LeftOut]:
-    """Predict what is not there yet; returns the subsets that cases lack.
-
-    Raises:
-        UserError: the folder holds predictions of another model, or the dataset's modalities share a name.
-    """
-    channels = model.predictor.channel_names()
-    subsets = all_subsets(len(channels))
-    names = [subset_name(subset, channels) for subset in subsets]
-    if len(set(names)) < len(names):
-        raise UserError(f"modalities {', '.join(channels)} need different names in {model.folder}/dataset.json")
-    check_identity(model, output, args)
+def predict_subsets(
+    model: Model, cases: Sequence[Case], output: Path
+) -> tuple[dict[tuple[str, Subset], Path], list[LeftOut]]:
+    """Predict what is not there yet; returns the files by case and subset, and the subsets that cases lack."""
+    modalities, names = model.predictor.modalities, model.predictor.modality_names()
+    subsets, ending = all_subsets(len(names)), model.predictor.dataset_json["file_ending"]
+    predicted: dict[tuple[str, Subset], Path] = {}
     left_out = []
     with tqdm(total=len(cases) * len(subsets), desc=model.name, unit="prediction") as progress:
         for case in cases:
-            files = {
-                s: output / n / f"{case.name}{model.predictor.dataset_json['file_ending']}"
-                for s, n in zip(subsets, names, strict=True)
-            }
-            todo = [subset for subset, file in files.items() if not file.is_file()]
-            progress.update(len(subsets) - len(todo))
-            if not todo:
-                continue
-            preprocessed = model.predictor.preprocess(case)
-            for subset in todo:
-                lacking = [channels[m] for m in subset if preprocessed.absent[m]]
-                if lacking:
-                    left_out.append(LeftOut(case.name, subset_name(subset, channels), f"no {', '.join(lacking)}"))
-                else:
-                    logits = model.predictor.predict_logits_from_preprocessed_data(
-                        with_subset(model, preprocessed, subset)
-                    )
-                    export(model.predictor, logits, preprocessed.properties, files[subset])
+            files = {subset: output / subset_name(subset, names) / f"{case.name}{ending}" for subset in subsets}
+            if not all(file.is_file() for file in files.values()):
+                preprocessed = model.predictor.preprocess(case)
+            for subset, file in files.items():
+                if not file.is_file():
+                    lacking = [names[m] for m in subset if any(preprocessed.absent[c] for c in modalities[m])]
+                    if lacking:
+                        left_out.append(LeftOut(case.name, subset_name(subset, names), f"no {', '.join(lacking)}"))
+                        progress.update()
+                        continue
+                    data = with_subset(model, preprocessed, [c for m in subset for c in modalities[m]])
+                    logits = model.predictor.predict_logits_from_preprocessed_data(data)
+                    export(model.predictor, logits, preprocessed.properties, file)
+                predicted[case.name, subset] = file
                 progress.update()
-    return left_out
+    return predicted, left_out
 
 
 def check_identity(model: Model, output: Path, args: argparse.Namespace) -> None:
@@ -185,13 +211,11 @@ def check_identity(model: Model, output: Path, args: argparse.Namespace) -> None
     write_text(file, json.dumps(identity, indent=1) + "\n")
 
 
-def with_subset(model: Model, preprocessed: Preprocessed, subset: Subset) -> Tensor:
-    """The network's input with nothing but some modalities: NaN for ours, zero for nnU-Net's own."""
+def with_subset(model: Model, preprocessed: Preprocessed, channels: Sequence[int]) -> Tensor:
+    """The network's input with nothing but some image channels: NaN elsewhere for ours, zero for nnU-Net's own."""
     data = preprocessed.data.clone()
     ours = isinstance(unwrap(model.predictor.network), MultimodalUNet)
-    for channel in range(len(preprocessed.absent)):
-        if channel not in subset:
-            data[channel] = torch.nan if ours else 0
+    data[[channel for channel in range(len(data)) if channel not in channels]] = torch.nan if ours else 0.0
     return data
 
 
@@ -199,42 +223,12 @@ def export(predictor: ModelPredictor, logits: Tensor, properties: dict, file: Pa
     """Write a label map as nnU-Net does; beside, then renamed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     ending = predictor.dataset_json["file_ending"]
-    beside = file.with_name(f".{file.name.removesuffix(ending)}")
+    name = file.name.removesuffix(ending)
+    beside = file.with_name(f".{name}")
     export_prediction_from_logits(
         logits, properties, predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json,
         str(beside), False, torch.get_num_threads(),
     )  # fmt: skip
-    Path(f"{beside}.json").unlink(missing_ok=True)  # the spacing that nnU-Net writes beside 3D tiff
-    Path(f"{beside}{ending}").replace(file)
-
-
-@dataclass(frozen=True)
-class SubsetFiles:
-    """A prediction with its reference."""
-
-    subset: Subset
-    files: CaseFiles
-
-
-def find_predictions(
-    model: str, cases: Sequence[Case], channels: Sequence[str], output: Path, references: Path, settings: Settings
-) -> list[SubsetFiles]:
-    """The predictions of a model that have a reference.
-
-    Raises:
-        UserError: a case has none.
-    """
-    return list(_find_predictions(model, cases, channels, output, references, settings))
-
-
-def _find_predictions(
-    model: str, cases: Sequence[Case], channels: Sequence[str], output: Path, references: Path, settings: Settings
-) -> Iterator[SubsetFiles]:
-    for case in cases:
-        reference = references / f"{case.name}{settings.ending}"
-        if not reference.is_file():
-            raise UserError(f"{reference} is not there; give a reference for every image of -i")
-        for subset in all_subsets(len(channels)):
-            file = output / model / subset_name(subset, channels) / reference.name
-            if file.is_file():
-                yield SubsetFiles(subset, CaseFiles(case.name, reference, file))
+    for suffix in (".json", ending):  # of 3D tiff the spacing; the label map last
+        if Path(f"{beside}{suffix}").is_file():
+            Path(f"{beside}{suffix}").replace(file.with_name(f"{name}{suffix}"))

@@ -19,7 +19,7 @@ from torch import Tensor
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import list_channels
 from nnunet_multimodal.network import MultimodalUNet, unwrap
-from nnunet_multimodal.preprocessing import PLACEHOLDER, check_image, preprocess_present
+from nnunet_multimodal.preprocessing import PLACEHOLDER, channel_names, check_image, preprocess_present
 
 RESERVED = {"dataset", "plans", "predict_from_raw_data_args"}  # files of nnU-Net beside the predictions
 Predictor = TypeVar("Predictor", bound="ModelPredictor")
@@ -112,8 +112,21 @@ class ModelPredictor(nnUNetPredictor):
 
     def channel_names(self) -> list[str]:
         """Names of the image channels, in their order."""
-        names = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
-        return [str(names[key]) for key in sorted(names, key=int)]
+        return channel_names(self.dataset_json)
+
+    @property
+    def modalities(self) -> tuple[tuple[int, ...], ...]:
+        """Image channels of each modality that the model looks at; each its own for nnU-Net's models."""
+        network = unwrap(self.network)
+        if not isinstance(network, MultimodalUNet):
+            return tuple((channel,) for channel in range(len(self.channel_names())))
+        return tuple(group for m, group in enumerate(network.groups) if m not in network.unused)
+
+    def modality_names(self, modalities: Sequence[Sequence[int]] | None = None) -> list[str]:
+        """The channels' names, joined where a modality has several; of all that the model looks at if not given."""
+        names = self.channel_names()
+        groups = self.modalities if modalities is None else modalities
+        return ["-".join(names[channel] for channel in group) for group in groups]
 
     def cases(self, folder: str, previous_stage: str | None, drop: Sequence[str] = ()) -> list[Case]:
         """The cases in a folder, whatever modalities they have.
@@ -129,8 +142,8 @@ class ModelPredictor(nnUNetPredictor):
         """
         ending, names = self.dataset_json["file_ending"], self.channel_names()
         for name in drop:
-            if name not in names:
-                raise UserError(f"--drop {name}: the model's modalities are {', '.join(names)}")
+            if names.count(name) != 1:
+                raise UserError(f"--drop {name}: is {names.count(name)} of the model's modalities {', '.join(names)}")
         dropped = tuple(names.index(name) for name in drop)
         if not Path(folder).is_dir():
             raise UserError(f"-i {folder} is not a folder")
@@ -141,13 +154,14 @@ class ModelPredictor(nnUNetPredictor):
                 f"{stage} comes before this configuration; give the folder of its predictions with "
                 "-prev_stage_predictions"
             )
+        single = all(channels == {0} for channels in found.values())  # files with all channels in them (RGB)
         cases = []
         for name, channels in sorted(found.items()):
             if name in RESERVED:
                 raise UserError(
                     f"{folder} has a case named {name!r}, whose {name}.json nnU-Net writes itself; rename it"
                 )
-            if channels <= set(dropped) and channels != {0}:  # a single file may hold all channels (RGB)
+            if channels <= set(dropped) and not single:
                 has = ", ".join(names[channel] for channel in sorted(channels))
                 raise UserError(f"{folder}: {name} has {has}, and --drop {','.join(drop)} leaves nothing; drop less")
             images = [f"{folder}/{name}_{c:04d}{ending}" if c in channels else None for c in range(len(names))]
@@ -167,13 +181,13 @@ class ModelPredictor(nnUNetPredictor):
         reader = plans.image_reader_writer_class()
         files = [file for file in case.images if file is not None]
         data, properties = reader.read_images(files)
-        if len(data) < len(case.images):  # a file may hold several channels
-            if len(data) != len(files):
-                raise UserError(f"{', '.join(files)}: {len(data)} channels, and the model has {len(case.images)}")
+        if len(data) < len(case.images) and len(data) == len(files):  # else a file holds several channels
             there, data = data, np.full((len(case.images), *data.shape[1:]), PLACEHOLDER, data.dtype)
             data[[file is not None for file in case.images]] = there
         data[list(case.dropped)] = PLACEHOLDER
-        absent = check_image(data, [file or f"{case.name}, channel {c}" for c, file in enumerate(case.images)])
+        absent = check_image(data, files if len(files) == len(data) else [f"{case.name}"], len(case.images))
+        if not any(all(not absent[channel] for channel in group) for group in self.modalities):
+            raise UserError(f"{case.name} has none of what the model looks at: {', '.join(self.modality_names())}")
         seg = None if case.previous is None else reader.read_seg(case.previous)[0]
         data, seg, properties = preprocess_present(
             preprocessor.run_case_npy, data, seg, properties, absent, plans, configuration, self.dataset_json

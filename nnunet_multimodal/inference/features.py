@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def case_features(predictor: ModelPredictor, case: Case) -> Iterator[Feature]:
     """Features of a case's tiles, without the modalities that it lacks and without empty tiles."""
     network = unwrap(predictor.network)
-    names = predictor.channel_names()
+    names = predictor.modality_names(network.groups)
     data = predictor.preprocess(case).data
     data, _ = pad_nd_image(data, predictor.configuration_manager.patch_size, "constant", {"value": 0}, True, None)
     for slicer in predictor._internal_get_sliding_window_slicers(data.shape[1:]):
@@ -83,8 +83,7 @@ def case_features(predictor: ModelPredictor, case: Case) -> Iterator[Feature]:
         _, _, present = network.split(tile)
         for kind, values in network.modality_features(tile).items():
             for modality in present[0].nonzero().flatten().tolist():
-                name = "+".join(names[channel] for channel in network.groups[modality])
-                yield Feature(case.name, name, kind, values[0, modality].float().cpu().numpy())
+                yield Feature(case.name, names[modality], kind, values[0, modality].float().cpu().numpy())
 
 
 def draw(features: list[Feature], file: Path, seed: int) -> None:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     scores: dict[str, dict[str, float]] = {}
     for case in tqdm(predictor.cases(args.i, args.prev_stage_predictions), desc="uncertainty", unit="case"):
         maps, means, properties = predictor.predict_case(case)
-        scores[case.name] = dict(zip(predictor.modality_names(), means, strict=True))
+        scores[case.name] = dict(zip(predictor.modality_names(unwrap(predictor.network).groups), means, strict=True))
         for modality, uncertainty in enumerate(maps):
             write_map(uncertainty, case.first_image, properties, output / f"{case.name}_{modality:04d}.nii.gz")
     beside = output / "uncertainty.json.part"
@@ -63,11 +63,6 @@ class UncertaintyPredictor(ModelPredictor):
 
     def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
         return unwrap(self.network).modality_uncertainty(x)
-
-    def modality_names(self) -> list[str]:
-        """Names for the maps: the channels', joined where a modality has several."""
-        names = self.channel_names()
-        return ["+".join(names[channel] for channel in group) for group in unwrap(self.network).groups]
 
     def predict_case(self, case: Case) -> tuple[np.ndarray, list[float], dict]:
         """Maps (M, *spatial) of a case on its own grid, zero outside nnU-Net's crop, means inside it, properties."""

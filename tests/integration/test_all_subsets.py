@@ -57,6 +57,7 @@ def test_all_subsets_are_predicted_measured_and_compared(trained, images, tmp_pa
     # all modalities: nnU-Net's own prediction
     stock = trained.predict(OURS, "3d_fullres", tmp_path / "stock")
     whole = tmp_path / OURS / "T1+T2+PET" / "case_0.nii.gz"
+    assert segmentation(whole).any()
     assert np.array_equal(segmentation(whole), segmentation(stock / "case_0.nii.gz"))
     # one of them: predict --drop
     with trained.environment():
@@ -77,13 +78,17 @@ def test_a_second_run_predicts_what_is_missing_alone(trained, images, tmp_path):
     assert gone.is_file()
     assert kept.stat().st_mtime_ns == before
     assert (tmp_path / "subsets.csv").read_text() == table
-    with pytest.raises(UserError, match=r"predictions of another model or with other flags .*delete it"):
+    with pytest.raises(
+        UserError, match=r"predictions of another model, of other images or with other flags .*delete it"
+    ):
         evaluate(trained, images, tmp_path, "--disable_tta", trainers=(OURS,))
 
 
 def test_what_is_missing_is_named(trained, images, tmp_path):
     with pytest.raises(UserError, match=r"--baseline X must be one of -tr"):
         evaluate(trained, images, tmp_path, "--baseline", "X")
+    with pytest.raises(UserError, match=r"--chill has no meaning with --all-subsets"):
+        evaluate(trained, images, tmp_path, "--chill")
     with pytest.raises(UserError, match=r"--all-subsets needs -i, -d, -c, -tr"):
         cli.main(["evaluate", "--all-subsets", str(tmp_path), str(tmp_path)])
     with pytest.raises(UserError, match=r"case_0.nii.gz is not there; give a reference"), trained.environment():

@@ -79,7 +79,7 @@ def test_complete_cases_are_preprocessed_as_by_nnunet(datasets, tmp_path, config
 def test_absent_channels_do_not_enter_the_statistics(incomplete, tmp_path):
     """Those of a channel are nnU-Net's own over the cases that have it."""
     ours = fingerprint(incomplete)
-    assert ours["nnunet_multimodal"] == {"cases": 5, "cases_with": {"T1": 3, "T2": 4, "PET": 3}}
+    assert ours["nnunet_multimodal"] == {"cases": 5, "cases_with_channel": [3, 4, 3]}
     for channel in range(3):
         having = [case for case in range(5) if channel not in ABSENT.get(case, ())]
         (tmp_path / str(channel)).mkdir()
@@ -159,13 +159,28 @@ def test_a_case_without_any_and_nan_are_refused_with_their_files(incomplete, tmp
     preprocessor = configuration.preprocessor_class(verbose=False)
     files = [str(tmp_path / f"x_{channel:04d}.nrrd") for channel in range(3)]
     for array, message in (
-        (np.full((4, 5, 6), PLACEHOLDER, np.float32), r"no modality is there[\s\S]*x_0000.nrrd"),
-        (np.full((4, 5, 6), np.nan, np.float32), r"NaN in 360 voxels[\s\S]*x_0000.nrrd"),
+        (np.full((4, 5, 6), PLACEHOLDER, np.float32), r"x_0000.nrrd[\s\S]*no modality is there"),
+        (np.full((4, 5, 6), np.nan, np.float32), r"x_0000.nrrd[\s\S]*NaN in 360 voxels"),
     ):
         for file in files:
             SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), file)
         with pytest.raises(UserError, match=message):
             preprocessor.run_case(files, None, plans, configuration, {})
+    with pytest.raises(
+        UserError, match=r"x_0002.nrrd: .*2 of 3 modalities; complete the folder with nnunet-multimodal"
+    ):
+        preprocessor.run_case([files[0], files[2]], None, plans, configuration, {})
+
+
+def test_a_folder_that_was_not_completed_is_refused_with_the_remedy(tmp_path):
+    nnunet = NnUNet(tmp_path)
+    write_raw(nnunet, "labels", cases=2)
+    images = nnunet.raw / DATASET / "imagesTr"
+    remove_channels(images, {0: (1,)})
+    with pytest.raises(
+        UserError, match=rf"case_0_0002.nii.gz: 2 of 3 modalities; .* nnunet-multimodal complete {images}"
+    ):
+        nnunet("nnUNetv2_extract_fingerprint", "-d", 900, "-np", 1, *FPE)
 
 
 def test_plans_that_take_placeholders_for_images_are_refused(tmp_path):
@@ -365,18 +380,30 @@ def test_every_tile_and_mirror_lacks_the_same(trained, incomplete, tmp_path):
 
 def test_nnunets_own_models_see_zeros(trained, incomplete, tmp_path):
     nnunet = trained[1]
-    images = images_to_predict(incomplete, tmp_path / "images", {0: (0, 2), 1: (1,)})
-    output = predict(nnunet, "nnUNetTrainer_1epoch_2iterations", images, tmp_path / "out", "--save_probabilities")
-    assert np.isfinite(probabilities(output, 0)).all()
+    trainer, absent = "nnUNetTrainer_1epoch_2iterations", {0: (0, 2), 1: (1,)}
+    images = images_to_predict(incomplete, tmp_path / "images", absent)
+    output = predict(nnunet, trainer, images, tmp_path / "out", "--save_probabilities")
+    zeros = images_to_predict(incomplete, tmp_path / "zeros", {})
+    for case, channels in absent.items():  # z-scored, they stay zeros
+        for channel in channels:
+            file = zeros / f"case_{case}_{channel:04d}.nii.gz"
+            SimpleITK.WriteImage(SimpleITK.ReadImage(str(file)) * 0, str(file))
+    stock = nnunet.predict(trainer, "3d_fullres", tmp_path / "stock", "--save_probabilities", images=zeros)
+    for case in range(2):
+        np.testing.assert_allclose(probabilities(stock, case), probabilities(output, case), atol=1e-6)
 
 
 def test_dropping_what_does_not_exist_or_everything_is_refused(trained, incomplete, tmp_path):
     nnunet = trained[0]
     images = images_to_predict(incomplete, tmp_path / "images", {0: (0, 2), 1: (1,)})
-    with pytest.raises(UserError, match=r"--drop CT: the model's modalities are T1, T2, PET"):
+    with pytest.raises(UserError, match=r"--drop CT: is 0 of the model's modalities T1, T2, PET"):
         predict(nnunet, TRAINER, images, tmp_path / "out", "--drop", "CT")
     with pytest.raises(UserError, match=r"case_0 has T2, and --drop T2 leaves nothing; drop less"):
         predict(nnunet, TRAINER, images, tmp_path / "out", "--drop", "T2")
+    for channel in (1, 2):
+        (images / f"case_1_{channel:04d}.nii.gz").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"case_1 has T1, and --drop T1 leaves nothing; drop less"):
+        predict(nnunet, TRAINER, images, tmp_path / "out", "--drop", "T1")
     assert not (tmp_path / "out").exists()
 
 
@@ -386,7 +413,8 @@ def test_a_dedicated_model_never_looks_at_the_rest(datasets, tmp_path):
     plans["configurations"]["3d_fullres"]["nnunet_multimodal"] = {"dedicated": [0, 2]}
     plans["plans_name"] = "dedicatedPlans"
     nnunet.write_plans(plans)
-    trainer = nnunet.trainer("ShaSpecModalityDropoutTrainer_1epoch_2iterations", "3d_fullres", "dedicatedPlans")
+    short = "ShaSpecModalityDropoutTrainer_1epoch_2iterations"
+    trainer = nnunet.trainer(short, "3d_fullres", "dedicatedPlans")
     with nnunet.environment():
         trainer.run_training()
     network = trainer.network.eval()
@@ -397,3 +425,7 @@ def test_a_dedicated_model_never_looks_at_the_rest(datasets, tmp_path):
     assert torch.equal(network(x), network(other))
     other[:, 2] += 1
     assert not torch.equal(network(x), network(other))
+    images = images_to_predict(nnunet, tmp_path / "images", {0: (0, 2)})
+    model = ["-d", "900", "-tr", short, "-p", "dedicatedPlans", "-c", "3d_fullres", "-f", "0", "-device", "cpu"]
+    with nnunet.environment(), pytest.raises(UserError, match="case_0 has none of what the model looks at: T1, PET"):
+        cli.main(["predict", "-i", str(images), "-o", str(tmp_path / "out"), *model])

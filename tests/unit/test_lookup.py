@@ -19,7 +19,7 @@ from nnunet_multimodal import lookup
 
 NNUNET = Path(nnunetv2.__path__[0])
 OUR_TRAINERS = sorted(lookup.CLASSES[lookup.TRAINERS])
-OUR_PLANNERS = sorted(lookup.CLASSES[lookup.PLANNING])
+OUR_PLANNERS = sorted(name for name in lookup.CLASSES[lookup.PLANNING] if name.startswith("nnUNetPlanner"))
 
 
 def find_planner(name):
@@ -199,3 +199,15 @@ def test_spawned_worker_finds_the_same_classes():
     assert pid != os.getpid()
     assert trainer is find_trainer("CRNPTrainer_5epochs")
     assert planner is find_planner("nnUNetPlannerCPU")
+
+
+@pytest.mark.parametrize(
+    ("package", "folder", "name"),
+    [
+        (lookup.PLANNING, "experiment_planning", "MultimodalFingerprintExtractor"),
+        (lookup.PREPROCESSING, "preprocessing", "MultimodalPreprocessor"),
+    ],
+)
+def test_stock_search_finds_the_preprocessing_of_absent_modalities(package, folder, name):
+    found = find_class_by_name.recursive_find_python_class(str(NNUNET / folder), name, package)
+    assert (found.__name__, found.__module__) == (name, "nnunet_multimodal.preprocessing")

@@ -87,10 +87,31 @@ def test_infinite_distances_are_counted_and_undefined_ones_left_out(measured, em
     ]
     scores = summarise(measured, empty)
     cell = scores.cells[Key("B", (0,), "organ", "HD95_mm")]
-    assert (cell.n, cell.without_value) == (4, 1)
+    assert (cell.n, cell.without_value, cell.cases) == (4, 1, 6)
     assert scores.cells[Key("B", AVERAGE, "organ", "HD95_mm")].without_value == 1
+    assert scores.cells[Key("B", (0,), "mean", "HD95_mm")].without_value == 1
     assert scores.cells[Key("B", (0,), "organ", "Dice")].n == 5
     assert "(1 ∞)" in as_markdown(scores)
+
+
+def test_a_model_that_finds_nothing_is_worse_than_one_that_finds_something_far_away(empty):
+    """Its finite distances are small, and its infinite ones still decide the comparison."""
+    rows = []
+    for index, case in enumerate(CASES):
+        for subset in SUBSETS:
+            far = CaseMeasures(
+                {1: {"Dice": 0.3, "HD95_mm": 30.0 + index}, 2: {"Dice": 0.9, "HD95_mm": 5.0 + index}}, {}
+            )
+            none = CaseMeasures({1: {"Dice": 0.0, "HD95_mm": math.inf}, 2: {"Dice": 0.9, "HD95_mm": 4.0 + index}}, {})
+            rows += [Measured("A", subset, case, far), Measured("B", subset, case, none if subset == (0,) else far)]
+    scores = summarise(rows, empty)
+    for subset, label in (((0,), "organ"), ((0,), "mean"), (AVERAGE, "organ"), (AVERAGE, "mean")):
+        cell = scores.cells[Key("B", subset, label, "HD95_mm")]
+        assert cell.without_value == 6
+        assert cell.p == pytest.approx(2 / 2**6)
+    swapped = summarise([m._replace(model={"A": "B", "B": "A"}[m.model]) for m in rows], empty)
+    assert swapped.cells[Key("B", (0,), "mean", "HD95_mm")].p == pytest.approx(2 / 2**6)
+    assert "– (6 ∞)" in as_markdown(scores)
 
 
 def test_the_average_is_over_cases_that_have_all_subsets(measured, empty):
@@ -104,9 +125,10 @@ def test_the_average_is_over_cases_that_have_all_subsets(measured, empty):
 def test_the_table_has_dots_intervals_and_a_row_of_averages(measured, empty):
     text = as_markdown(summarise(measured, empty))
     lines = text.splitlines()
-    assert lines[0].startswith("Mean over 6 cases [95 % bootstrap interval]")
+    assert lines[0].startswith("Mean over the n cases that have the subset's modalities")
+    assert "with 6 cases" in lines[0]
     assert "p is at least 0.031 before it" in lines[0]
-    assert "| CT | PET | organ: A | organ: B | lesion: A | lesion: B | mean: A | mean: B |" in lines
+    assert "| CT | PET | n | organ: A | organ: B | lesion: A | lesion: B | mean: A | mean: B |" in lines
     assert [line[:9] for line in lines if line.startswith(("| ●", "| ○"))] == [
         "| ● | ○ |",
         "| ○ | ● |",
