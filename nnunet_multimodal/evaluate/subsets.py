@@ -205,7 +205,8 @@ def check_identity(model: Model, output: Path, args: argparse.Namespace) -> None
     identity = model.identity(args)
     if file.is_file() and json.loads(file.read_text()) != identity:
         raise UserError(
-            f"{output} has predictions of another model or with other flags ({file}); delete it, or name another folder"
+            f"{output} has predictions of another model, of other images or with other flags ({file}); delete it, or "
+            "name another folder"
         )
     output.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(identity, indent=1) + "\n")
