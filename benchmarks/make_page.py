@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
+import _missing_sections as missing
 import _ssn_sections as ssn
 
 Result = dict[str, Any]
@@ -154,7 +155,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "sts": ("Real PET/CT/MR data", sts),
     "crnp_cost": ("What CRNP costs", crnp_cost),
     "handwritten": ("CRNP on vectors: Handwritten", handwritten),
-    **{name: (heading, partial(write, table=table)) for name, (heading, write) in ssn.SECTIONS.items()},
+    **{
+        name: (heading, partial(write, table=table))
+        for name, (heading, write) in {**missing.SECTIONS, **ssn.SECTIONS}.items()
+    },
 }
 
 

@@ -10,7 +10,6 @@ again, and early fusion without dropout. Test cases are complete and other ones;
 from __future__ import annotations
 
 import argparse
-import csv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +17,7 @@ from typing import Any
 
 import _common as common
 from _missing_data import MODALITIES, STRUCTURES, write_dataset
+from _missing_sections import AVERAGE, read_table
 from lidc import run
 
 CONFIGURATION, PLANS = "3d_fullres", "nnUNetTinyPlans"
@@ -83,15 +83,8 @@ def evaluate(args: argparse.Namespace, setting: str) -> dict[str, Any]:
         "-tr", *(trainer_name(args, trainer) for trainer in TRAINERS[setting]),
         "--baseline", trainer_name(args, BASELINE), "-np", "1", *(["--disable_tta"] if args.disable_tta else []),
     )  # fmt: skip
-    rows: dict[str, Any] = {}
-    for row in csv.DictReader(table.read_text().splitlines()):
-        trainer = row["model"].split("_")[0]
-        cell = {key: float(row[key]) for key in ("mean", "low", "high", "p", "p_holm") if row[key]}
-        cell["n"] = int(row["n"])
-        rows.setdefault(trainer, {}).setdefault(row["subset"], {}).setdefault(row["label"], {})[row["metric"]] = cell
     (args.out / f"missing_modalities_{setting}.png").write_bytes((out / "subsets.png").read_bytes())
-    (args.out / f"missing_modalities_{setting}.md").write_text((out / "subsets.md").read_text())
-    return rows
+    return read_table(table)
 
 
 def main() -> None:
@@ -104,6 +97,7 @@ def main() -> None:
     p.add_argument("--missing", type=float, default=0.4, help="part of the modalities missing in training")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1, help="of each of the two trainings at a time")
+    p.add_argument("--note", default="", help="recorded with the figures, for what a reader should know of the run")
     p.add_argument("--disable_tta", action="store_true", help="no mirroring in the evaluation")
     args = p.parse_args()
     args.work = args.work.resolve()
@@ -117,8 +111,12 @@ def main() -> None:
         seconds = dict(zip(jobs, pool.map(lambda job: train(args, *job), jobs), strict=True))
         results = dict(zip(DATASETS, pool.map(lambda setting: evaluate(args, setting), DATASETS), strict=True))
     figures = {
+        "note": args.note,
         "repeats": 1,
         "modalities": MODALITIES,
+        "test_cases": args.test,
+        "missing": args.missing,
+        "steps": args.epochs * args.iterations,
         "structures": STRUCTURES,
         "training_seconds": {f"{setting}, {trainer}": round(s, 1) for (setting, trainer), s in seconds.items()},
         "minutes": round((perf_counter() - start) / 60, 1),
@@ -128,7 +126,7 @@ def main() -> None:
         for trainer, rows in models.items():
             dice = {subset: rows[subset]["mean"]["Dice"]["mean"] for subset in rows}
             everything = "+".join(MODALITIES)
-            print(f"{setting:10} {trainer:30} average {dice['average']:.3f}  all modalities {dice[everything]:.3f}")
+            print(f"{setting:10} {trainer:30} average {dice[AVERAGE]:.3f}  all modalities {dice[everything]:.3f}")
     common.write(args, "missing_modalities", figures)
 
 
