@@ -43,10 +43,10 @@ def missing_modalities(result: Result, table: Table) -> str:
     """Synthetic: what the issue asks for, and the averages by structure."""
     text = [
         "Four synthetic modalities; every structure shows in two, one in a single one. Mean Dice of",
-        f"{result['test_cases']} test cases, averaged over the 15 subsets, by structure, and with all modalities. Trained",
-        f"on complete cases or with {100 * result['missing']:.0f} % of the modalities missing at random; same plan,",
-        f"{result['steps']} steps, one seed. The whole benchmark took {result['minutes']:.0f} minutes. [95 % bootstrap",
-        "interval]; * differs from ModalityDropoutTrainer (Wilcoxon, Holm).",
+        f"{result['test_cases']} test cases, averaged over the 15 subsets, by structure, and with all modalities.",
+        f"Trained on complete cases or with {100 * result['missing']:.0f} % of the modalities missing at random; same",
+        f"plan, {result['steps']} steps, one seed. The whole benchmark took {result['minutes']:.0f} minutes.",
+        "[95 % bootstrap interval]; * differs from ModalityDropoutTrainer (Wilcoxon, Holm).",
         *(["", result["note"]] if result.get("note") else []),
     ]
     everything = "+".join(result["modalities"])

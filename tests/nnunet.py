@@ -1,6 +1,7 @@
 """Runs nnU-Net's own commands on tiny data, in this process (their imports would take longer than their work)."""
 
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,23 @@ LABELS = {
     "regions_ignore": {"background": 0, "whole": [1, 2], "lesion": 2, "ignore": 3},
 }
 CHANNELS = ("T1", "T2", "PET")
+
+
+# nnU-Net's workers are spawned and import torch anew, which takes longer than their work here. These are forked from a
+# process that has imported it; the demo's test and the benchmarks run the commands as they are.
+WORKERS = (
+    "nnunet_multimodal.preprocessing",
+    "nnunetv2.inference.predict_from_raw_data",
+    "nnunetv2.evaluation.evaluate_predictions",
+)
+_get_context = multiprocessing.get_context
+
+
+def _forked_workers(method: str | None = None):
+    if method != "spawn":
+        return _get_context(method)
+    multiprocessing.set_forkserver_preload(list(WORKERS))
+    return _get_context("forkserver")
 
 
 class NnUNet:
@@ -58,7 +76,8 @@ class NnUNet:
         (script,) = entry_points(group="console_scripts", name=command)
         argv = [command, *map(str, args)]
         threads = torch.get_num_threads()
-        with self.environment(**environment), mock.patch.object(sys, "argv", argv):
+        quickly = mock.patch.object(multiprocessing, "get_context", _forked_workers)
+        with self.environment(**environment), mock.patch.object(sys, "argv", argv), quickly:
             script.load()()
         torch.set_num_threads(threads)
 
