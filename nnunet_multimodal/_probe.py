@@ -42,12 +42,22 @@ def devices():
 
 
 def find_planner(name):
-    """nnU-Net's search of ``nnUNetv2_plan_experiment -pl``."""
+    """nnU-Net's search of ``nnUNetv2_plan_and_preprocess -pl`` and ``-fpe``."""
+    return find_in("experiment_planning", name)
+
+
+def find_preprocessor(name):
+    """nnU-Net's search of ``nnUNetv2_plan_and_preprocess -preprocessor_name``."""
+    return find_in("preprocessing", name)
+
+
+def find_in(package, name):
+    """nnU-Net's search of one of its packages."""
     import nnunetv2
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
-    folder = os.path.join(nnunetv2.__path__[0], "experiment_planning")
-    return recursive_find_python_class(folder, name, current_module="nnunetv2.experiment_planning")
+    folder = os.path.join(nnunetv2.__path__[0], package)
+    return recursive_find_python_class(folder, name, current_module=f"nnunetv2.{package}")
 
 
 def find_trainer(name):
@@ -66,8 +76,8 @@ def find(search, name):
     return {"name": name, "module": found.__module__, "file": file, "error": None}
 
 
-def report(planners, trainers):
-    """All of it. Planners first: a trainer found through ``nnUNet_extTrainer`` imports our package, hook and all."""
+def report(planners, preprocessors, trainers):
+    """All of it. Trainers last: a trainer found through ``nnUNet_extTrainer`` imports our package, hook and all."""
     result = {"hook_ran": hook_ran(), "nnunetv2": None, "errors": {}}
     spec, _ = attempt(importlib.util.find_spec, "nnunetv2")
     if spec is not None:
@@ -79,6 +89,7 @@ def report(planners, trainers):
     result["devices"] = attempt(devices)[0] or []
     if result["nnunetv2"] is not None:
         result["planners"] = [find(find_planner, name) for name in planners]
+        result["preprocessors"] = [find(find_preprocessor, name) for name in preprocessors]
         result["trainers"] = [find(find_trainer, name) for name in trainers]
     return result
 

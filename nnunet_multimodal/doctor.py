@@ -16,6 +16,7 @@ import shlex
 import site
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
@@ -88,7 +89,7 @@ def examine() -> Report:
     ]
     report.start_up = {"ran": probe.get("hook_ran", False), "file": hook_file()}
     report.ext_trainer = {"value": os.environ.get(EXT_TRAINER), "ours": ext_trainer_is_ours()}
-    report.classes = [*probe.get("trainers", []), *probe.get("planners", [])]
+    report.classes = [entry for kind in ("trainers", "planners", "preprocessors") for entry in probe.get(kind, [])]
     report.problems.extend(check_nnunet(report, probe))
     if error is not None:
         report.problems.append(error)
@@ -139,7 +140,11 @@ def check_folder(variable: str) -> tuple[dict[str, Any], Finding | None]:
 def run_probe() -> tuple[dict[str, Any], Finding | None]:
     """Run ``_probe`` in a fresh interpreter under this one's options; its report, or what went wrong with it."""
     trainers = list(lookup.CLASSES[lookup.TRAINERS])
-    asked = {"trainers": [*trainers, f"{trainers[0]}_7epochs"], "planners": list(lookup.CLASSES[lookup.PLANNING])}
+    asked = {
+        "trainers": [*trainers, f"{trainers[0]}_7epochs"],
+        "planners": list(lookup.CLASSES[lookup.PLANNING]),
+        "preprocessors": list(lookup.CLASSES[lookup.PREPROCESSING]),
+    }
     flags = {"-S": sys.flags.no_site, "-s": sys.flags.no_user_site, "-E": sys.flags.ignore_environment}
     options = [option for option, is_set in flags.items() if is_set]
     source = Path(_probe.__file__).read_text(encoding="utf-8")
@@ -277,7 +282,9 @@ def as_text(report: Report) -> str:
     ext_trainer = report.ext_trainer["value"] or "not set"
     ext_trainer += " (our trainers)" if report.ext_trainer["ours"] else ""
     lines += ["", "Found by nnU-Net", *rows([("start-up hook", hook), ("nnUNet_extTrainer", ext_trainer)])]
-    lines += rows((entry["name"], class_text(entry)) for entry in report.classes)
+    for place in dict.fromkeys(map(class_text, report.classes)):
+        names = [entry["name"] for entry in report.classes if class_text(entry) == place]
+        lines += [f"  {place}", *textwrap.wrap(", ".join(names), 100, initial_indent="    ", subsequent_indent="    ")]
     for title, findings in (("Warning", report.warnings), ("Problem", report.problems)):
         for number, finding in enumerate(findings, 1):
             lines += ["", f"{title} {number}: {finding.message}", f"  Remedy: {finding.remedy}"]

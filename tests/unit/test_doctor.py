@@ -30,13 +30,14 @@ def healthy():
         "devices": [{"device": "cuda:0", "name": "A GPU", "memory_bytes": 8 * 2**30}],
         "trainers": [found(name) for name in lookup.CLASSES[lookup.TRAINERS]],
         "planners": [found(name) for name in lookup.CLASSES[lookup.PLANNING]],
+        "preprocessors": [found(name) for name in lookup.CLASSES[lookup.PREPROCESSING]],
     }
 
 
 def unhooked(probe):
     """The probe of an environment whose Python did not run the hook."""
     probe["hook_ran"] = False
-    for entry in [*probe["trainers"], *probe["planners"]]:
+    for entry in [*probe["trainers"], *probe["planners"], *probe["preprocessors"]]:
         entry.update(module=None, file=None, error="not found")
 
 
@@ -126,7 +127,7 @@ def test_unwritable_folder_is_a_problem(folders, probe, monkeypatch, capsys):
 
 def test_missing_nnunet_is_a_problem(folders, probe, capsys):
     probe["nnunetv2"] = None
-    del probe["trainers"], probe["planners"]
+    del probe["trainers"], probe["planners"], probe["preprocessors"]
     status, text = doctor_says(capsys)
     assert status == 1
     assert "nnunetv2 is not installed" in text
