@@ -70,10 +70,12 @@ class CaseReport:
 
     Attributes:
         present: which modalities it has.
+        placeholders: channels whose file is one.
         problems: what is wrong with it, in words.
     """
 
     present: tuple[bool, ...]
+    placeholders: tuple[int, ...]
     problems: tuple[str, ...]
 
 
@@ -109,12 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if problems:
         raise UserError("\n".join([*problems, f"nothing was {'removed' if args.undo else 'written'}"]))
     if args.undo:
-        placeholders = [
-            folder.file(case, channel)
-            for case, channels in files.items()
-            for channel in channels
-            if not reports[case].present[channel]
-        ]
+        placeholders = [folder.file(case, c) for case, report in reports.items() for c in report.placeholders]
         for file in tqdm(placeholders, desc="remove placeholders", unit="file"):
             file.unlink()
         folder.manifest.unlink(missing_ok=True)
@@ -160,7 +157,7 @@ def inspect_case(folder: Folder, case_and_channels: tuple[str, tuple[int, ...]])
     """Read a case's files: which are images, which placeholders, and what is wrong with them."""
     case, channels = case_and_channels
     present = [False] * len(folder.channels)
-    problems, first = [], None
+    placeholders, problems, first = [], [], None
     for channel in channels:
         file = folder.file(case, channel)
         data, properties = folder.reader().read_images((str(file),))
@@ -171,6 +168,8 @@ def inspect_case(folder: Folder, case_and_channels: tuple[str, tuple[int, ...]])
         if unknown:
             problems.append(f"{file}: NaN in {unknown} voxels; give them a value, or remove the file if it is unusable")
         present[channel] = not find_placeholders(data)[0]
+        if not present[channel]:
+            placeholders.append(channel)
         if first is None:
             first = (file.name, data.shape, properties)
         else:
@@ -184,7 +183,7 @@ def inspect_case(folder: Folder, case_and_channels: tuple[str, tuple[int, ...]])
     if not any(present) and not problems:
         names = ", ".join(folder.file(case, channel).name for channel in channels)
         problems.append(f"{folder.path / case}: no modality, all files ({names}) are placeholders; remove the case")
-    return CaseReport(tuple(present), tuple(problems))
+    return CaseReport(tuple(present), tuple(placeholders), tuple(problems))
 
 
 def count_nan(file: Path, data: np.ndarray) -> int:

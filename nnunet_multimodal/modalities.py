@@ -116,18 +116,17 @@ class ModalityDropout:
             x: image channels and any number of others behind them.
             groups: image channels of each of M modalities.
             progress: the part of the epochs that are done.
-            generator: of random numbers.
+            generator: of random numbers, on the CPU.
         """
+        batch, device = len(x), x.device
         # as in split_present: NaN > 0 is False, and a tile of air has nothing to lose
-        present = torch.stack([x[:, list(g)].flatten(2).abs().amax(2).gt(0).all(1) for g in groups], 1).cpu()  # (B, M)
-        order = torch.rand(present.shape, generator=generator).masked_fill(~present, 2.0).argsort(1).argsort(1)
+        present = torch.stack([x[:, list(g)].flatten(2).abs().amax(2).gt(0).all(1) for g in groups], 1)  # (B, M)
+        order = torch.rand(present.shape, generator=generator).to(device).masked_fill(~present, 2.0)
         count = present.sum(1)
-        kept = 1 + (torch.rand(len(x), generator=generator) * count).long().clamp_max(count - 1)
-        drops = torch.rand(len(x), generator=generator) < self.rate(progress)
-        lost = present & (order >= kept[:, None]) & drops[:, None]
-        if not lost.any():
-            return x
-        x = x.clone()
-        for sample, modality in lost.nonzero().tolist():
-            x[sample, list(groups[modality])] = math.nan
-        return x
+        kept = (torch.rand(batch, generator=generator).to(device) * count).long().clamp(max=count - 1) + 1
+        drops = (torch.rand(batch, generator=generator) < self.rate(progress)).to(device)
+        lost = present & (order.argsort(1).argsort(1) >= kept[:, None]) & drops[:, None]
+        channels = torch.zeros(x.shape[:2], dtype=torch.bool, device=device)
+        for modality, group in enumerate(groups):
+            channels[:, list(group)] = lost[:, modality, None]
+        return x.masked_fill(channels.view(*channels.shape, *(1,) * (x.ndim - 2)), math.nan)

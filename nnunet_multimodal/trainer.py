@@ -116,7 +116,8 @@ class MultimodalTrainer(nnUNetTrainer):
             network = unwrap(self.network)
             groups = [group for m, group in enumerate(network.groups) if m not in network.unused]
             progress = self.current_epoch / self.num_epochs
-            batch = {**batch, "data": self.dropout(batch["data"], groups, progress)}
+            data = batch["data"].to(self.device, non_blocking=True)
+            batch = {**batch, "data": self.dropout(data, groups, progress)}
         return super().train_step(batch)
 
     def _build_loss(self) -> nn.Module:

@@ -184,6 +184,8 @@ class ModelPredictor(nnUNetPredictor):
         if len(data) < len(case.images) and len(data) == len(files):  # else a file holds several channels
             there, data = data, np.full((len(case.images), *data.shape[1:]), PLACEHOLDER, data.dtype)
             data[[file is not None for file in case.images]] = there
+        if len(case.dropped) == len(case.images):
+            raise UserError(f"{case.name}: --drop leaves nothing; drop less")
         data[list(case.dropped)] = PLACEHOLDER
         absent = check_image(data, files if len(files) == len(data) else [f"{case.name}"], len(case.images))
         if not any(all(not absent[channel] for channel in group) for group in self.modalities):

@@ -189,6 +189,18 @@ def test_refuses_what_is_wrong_before_it_writes(dataset, spoil, message):
     assert content(images) == before
 
 
+@pytest.mark.parametrize("spoil", [bad_grid, bad_nan, several_channels_in_a_file])
+def test_undo_removes_placeholders_alone(dataset, spoil):
+    images = dataset / "imagesTr"
+    complete(images)
+    (images / "modalities.csv").unlink()
+    spoil(images)
+    before = content(images)
+    complete(images, "--undo")
+    gone = {"b_0001.nii.gz", "c_0000.nii.gz", "c_0001.nii.gz"}
+    assert content(images) == {name: value for name, value in before.items() if name not in gone}
+
+
 def test_undo_keeps_an_image_that_took_a_placeholders_place(dataset):
     images = dataset / "imagesTr"
     complete(images)
