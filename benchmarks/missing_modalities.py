@@ -91,7 +91,7 @@ def main() -> None:
     p = common.parser(__doc__)
     p.add_argument("--work", type=Path, default=Path("missing_modalities_work"), help="work folder, kept")
     p.add_argument("--epochs", type=int, default=10)
-    p.add_argument("--iterations", type=int, default=150)
+    p.add_argument("--iterations", type=int, default=120)
     p.add_argument("--training", type=int, default=40, help="training cases")
     p.add_argument("--test", type=int, default=12, help="test cases")
     p.add_argument("--missing", type=float, default=0.4, help="part of the modalities missing in training")
