@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nnunet_multimodal.lookup import split_length
 from nnunet_multimodal.metrics.case import CaseMeasures, mean
 from nnunet_multimodal.metrics.distribution import Label
 from nnunet_multimodal.metrics.statistics import bootstrap_interval, holm, paired_p_value
@@ -79,6 +80,11 @@ class Scores:
     def columns(self) -> tuple[str, ...]:
         """Labels, and their mean if there are several."""
         return (*self.names, MEAN_LABEL) if len(self.names) > 1 else self.names
+
+    def short(self, model: str) -> str:
+        """A model's name without the length of its training, if that is all models'."""
+        lengths = {split_length(name)[1:] for name in self.models}
+        return split_length(model)[0] if len(lengths) == 1 else model
 
     @property
     def subsets(self) -> list[Subset]:
@@ -178,16 +184,17 @@ def case_csv(scores: Scores, measured: Sequence[Measured]) -> str:
 
 def as_markdown(scores: Scores) -> str:
     """A table for each metric: mean [95 % interval], an asterisk where the baseline differs significantly."""
+    baseline = scores.short(scores.baseline)
     fewest = min(_cases(subset, scores) for subset in scores.subsets)
     text = [
         "Mean over the n cases that have the subset's modalities [95 % bootstrap interval]; ● present, ○ absent, "
         "∞ cases without a distance, as prediction or reference lacks a label. * differs from "
-        f"{scores.baseline} (paired Wilcoxon, p < {SIGNIFICANT} after Holm's correction over a model's cells of a table"
+        f"{baseline} (paired Wilcoxon, p < {SIGNIFICANT} after Holm's correction over a model's cells of a table"
         + (f"; with {fewest} cases p is at least {min(1, 2 / 2**fewest):.2g} before it)." if fewest < 8 else ").")
     ]
     columns = [(model, label) for label in scores.columns for model in scores.models]
     for metric, heading in METRICS.items():
-        header = [*scores.modalities, "n", *(f"{label}: {model}" for model, label in columns)]
+        header = [*scores.modalities, "n", *(f"{label}: {scores.short(model)}" for model, label in columns)]
         aligned = [":-:"] * len(scores.modalities) + ["---:"] * (len(columns) + 1)
         text += ["", f"**{heading}**", "", _line(header), _line(aligned)]
         for subset in scores.subsets:
@@ -201,40 +208,37 @@ def as_markdown(scores: Scores) -> str:
 def draw(scores: Scores, file: Path) -> None:
     """Dice of every subset, model and label as a heat map, PNG; beside, then renamed."""
     columns = [(model, label) for label in scores.columns for model in scores.models]
-    subsets = scores.subsets
+    subsets, models = scores.subsets, len(scores.models)
     dice = np.array(
         [[_mean(scores.cells.get(Key(model, subset, label, "Dice"))) for model, label in columns] for subset in subsets]
     )
-    width, height = 2.2 + 0.95 * len(columns), 1.9 + 0.34 * len(subsets)
-    figure = Figure(figsize=(width, height), layout="constrained")
+    dots, cells = 0.3 * len(scores.modalities), 0.6 * len(columns)
+    figure = Figure(figsize=(dots + cells + 1.6, 0.34 * len(subsets) + 2.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    left, axes = figure.subplots(1, 2, sharey=True, width_ratios=[dots, cells])
+    for row, subset in enumerate(subsets):
+        for modality in range(len(scores.modalities)) if subset else ():
+            left.plot(modality, row, "o", color="black", fillstyle="full" if modality in subset else "none")
+    left.set_xlim(-0.6, len(scores.modalities) - 0.4)
+    left.set_xticks(range(len(scores.modalities)), scores.modalities, rotation=90)
+    left.xaxis.tick_top()
+    left.set_yticks([])
+    left.text(len(scores.modalities) - 0.6, len(subsets) - 1, "average", ha="right", va="center")
+    left.tick_params(length=0)
+    left.spines[:].set_visible(False)
     image = axes.imshow(dice, cmap=colormaps["viridis"], vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(dice):
         if np.isfinite(value):
-            axes.text(
-                column,
-                row,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                color="white" if value < 0.6 else "black",
-                fontsize=8,
-            )
-    rows = [
-        " ".join("●" if m in subset else "○" for m in range(len(scores.modalities))) if subset else "average"
-        for subset in subsets
-    ]
-    axes.set_yticks(range(len(rows)), rows, fontfamily="DejaVu Sans")
-    axes.set_ylabel("  ".join(scores.modalities))
-    axes.set_xticks(range(len(columns)), [model for model, _ in columns], rotation=30, ha="right", fontsize=8)
-    axes.axhline(len(rows) - 1.5, color="white", linewidth=2)
-    top = axes.secondary_xaxis("top")
-    middle = [(index + 0.5) * len(scores.models) - 0.5 for index in range(len(scores.columns))]
-    top.set_xticks(middle, scores.columns)
-    top.tick_params(length=0)
+            colour = "white" if value < 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(columns)), [scores.short(model) for model, _ in columns], rotation=90, fontsize=8)
+    axes.axhline(len(subsets) - 1.5, color="white", linewidth=2)
     for index in range(1, len(scores.columns)):
-        axes.axvline(index * len(scores.models) - 0.5, color="white", linewidth=2)
+        axes.axvline(index * models - 0.5, color="white", linewidth=2)
+    top = axes.secondary_xaxis("top")
+    top.set_xticks([(index + 0.5) * models - 0.5 for index in range(len(scores.columns))], scores.columns)
+    for axis in (axes, top):
+        axis.tick_params(length=0)
     figure.colorbar(image, ax=axes, label="Dice", fraction=0.05)
     beside = file.with_name(f".{file.name}")
     figure.savefig(beside, dpi=150, format="png")
