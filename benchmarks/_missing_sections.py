@@ -71,7 +71,7 @@ def sts_missing(result: Result, table: Table) -> str:
         "Held-out patients of the split above, all subsets of the modalities at prediction, mean [95 % bootstrap",
         f"interval]; * differs from {result['baseline']} (Wilcoxon, Holm). Five patients: the smallest possible p is",
         "0.06, so no asterisk can appear, and intervals over five patients are rough. nnU-Net's own model, which never",
-        "saw a modality missing, gets zeros.",
+        f"saw a modality missing, gets zeros. Predicted {'with' if result['mirrored'] else 'without'} mirroring.",
         *(["", result["note"]] if result.get("note") else []),
         "",
         "Dice of the tumour:",

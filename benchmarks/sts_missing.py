@@ -27,6 +27,7 @@ def main() -> None:
     p.add_argument("--fold", type=int, default=0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--disable_tta", action="store_true", help="no mirroring in the evaluation: an eighth of its time")
     p.add_argument("--note", default="", help="recorded with the figures, for what a reader should know of the run")
     args = p.parse_args()
     args.work = (args.work or args.out.resolve().parent / "work" / "sts").resolve()
@@ -41,10 +42,10 @@ def main() -> None:
         "nnunet-multimodal", "evaluate", "--all-subsets", str(held_out / "labelsTs"), str(out),
         "-i", str(held_out / "imagesTs"), "-d", dataset[7:10], "-c", CONFIGURATION, "-p", PLANS, "-f", str(args.fold),
         "-tr", *(model_name(args, trainer) for trainer in TRAINERS), "--baseline", model_name(args, BASELINE),
-        "-device", args.device, "-np", "1",
+        "-device", args.device, "-np", "1", *(["--disable_tta"] if args.disable_tta else []),
     )  # fmt: skip
     shutil.copyfile(out / "subsets.png", args.out / "sts_missing.png")
-    figures = {"note": args.note, "baseline": BASELINE, "results": read_table(table)}
+    figures = {"note": args.note, "mirrored": not args.disable_tta, "baseline": BASELINE, "results": read_table(table)}
     for trainer, rows in figures["results"].items():
         print(f"{trainer:32}", *(f"{s} {row['tumour']['Dice']['mean']:.3f}" for s, row in rows.items()), sep="  ")
     common.write(args, "sts_missing", figures)
