@@ -90,7 +90,7 @@ def parse_rule(rule: str, labels: dict) -> tuple[int, int]:
     numbers = {int(v) for value in labels.values() for v in (value if isinstance(value, list) else [value])}
     sides = [side.strip() for side in rule.split("=")]
     found = [single.get(side, int(side) if side.isdigit() and int(side) in numbers else None) for side in sides]
-    if len(found) != 2 or None in found or found[0] == found[1]:
-        known = ", ".join([*single, *map(str, sorted(numbers))])
-        raise UserError(f"--small {rule!r} is not LABEL=OTHER with two of {known}")
-    return found[0], found[1]  # type: ignore[return-value]
+    if len(found) == 2 and found[0] is not None and found[1] is not None and found[0] != found[1]:
+        return found[0], found[1]
+    known = ", ".join([*single, *map(str, sorted(numbers))])
+    raise UserError(f"--small {rule!r} is not LABEL=OTHER with two of {known}")
