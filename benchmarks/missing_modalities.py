@@ -98,7 +98,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1, help="of each of the two trainings at a time")
     p.add_argument("--note", default="", help="recorded with the figures, for what a reader should know of the run")
-    p.add_argument("--disable_tta", action="store_true", help="no mirroring in the evaluation")
+    p.add_argument("--disable-tta", action="store_true", help="no mirroring in the evaluation")
     args = p.parse_args()
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def main() -> None:
     p.add_argument("--fold", type=int, default=0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--disable_tta", action="store_true", help="no mirroring in the evaluation: an eighth of its time")
+    p.add_argument("--disable-tta", action="store_true", help="no mirroring in the evaluation: an eighth of its time")
     p.add_argument("--note", default="", help="recorded with the figures, for what a reader should know of the run")
     args = p.parse_args()
     args.work = (args.work or args.out.resolve().parent / "work" / "sts").resolve()
