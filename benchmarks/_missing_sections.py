@@ -45,21 +45,23 @@ def missing_modalities(result: Result, table: Table) -> str:
         "Four synthetic modalities; every structure shows in two, one in a single one. Mean Dice of",
         f"{result['test_cases']} test cases, averaged over the 15 subsets, by structure, and with all modalities.",
         f"Trained on complete cases or with {100 * result['missing']:.0f} % of the modalities missing at random; same",
-        f"plan, {result['steps']} steps, one seed. The whole benchmark took {result['minutes']:.0f} minutes.",
+        f"plan, {result['steps']} steps, one seed, predicted {'with' if result['mirrored'] else 'without'} mirroring.",
         "[95 % bootstrap interval]; * differs from ModalityDropoutTrainer (Wilcoxon, Holm).",
         *(["", result["note"]] if result.get("note") else []),
     ]
     everything = "+".join(result["modalities"])
+    seconds = result["training_seconds"]
     for setting, models in result["results"].items():
         rows = [
             (
                 trainer,
                 *(cell(subsets[AVERAGE][s]["Dice"], 3) for s in (*result["structures"], "mean")),
                 cell(subsets[everything]["mean"]["Dice"], 3),
+                str(seconds[f"{setting}, {trainer}"]),
             )
             for trainer, subsets in models.items()
         ]
-        head = ("", *result["structures"], "mean", "all modalities")
+        head = ("", *result["structures"], "mean", "all modalities", "training (s)")
         text += ["", f"Trained on {setting} cases:", "", table(head, rows)]
     return "\n".join(text)
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import _common as common
 from _missing_data import MODALITIES, STRUCTURES, write_dataset
 from _missing_sections import AVERAGE, read_table
 from lidc import run
+from sts import training_seconds
 
 CONFIGURATION, PLANS = "3d_fullres", "nnUNetTinyPlans"
 DATASETS = {"complete": "Dataset510_Complete", "incomplete": "Dataset511_Incomplete"}
@@ -52,12 +52,12 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, setting: str, trainer: str) -> float:
-    """Train unless it is done; returns the seconds that it took now."""
-    start, name = perf_counter(), trainer_name(args, trainer)
+    """Train unless it is done; returns the seconds that it took, from nnU-Net's log."""
+    name = trainer_name(args, trainer)
     folder = args.work / "nnUNet_results" / DATASETS[setting] / f"{name}__{PLANS}__{CONFIGURATION}" / "fold_all"
     options = (DATASETS[setting][7:10], CONFIGURATION, name, PLANS, args.device, str(args.seed), str(args.threads))
     run(args, f"train_{setting}_{name}", folder / "checkpoint_final.pth", "-c", TRAINING, *options, training=True)
-    return perf_counter() - start
+    return training_seconds(folder)
 
 
 # without the validation at the end, on the training cases
@@ -103,7 +103,6 @@ def main() -> None:
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    start = perf_counter()
     prepare(args)
     jobs = [(setting, trainer) for setting, trainers in TRAINERS.items() for trainer in trainers]
     jobs.sort(key=lambda job: "ShaSpec" not in job[1])  # the longest first
@@ -118,8 +117,8 @@ def main() -> None:
         "missing": args.missing,
         "steps": args.epochs * args.iterations,
         "structures": STRUCTURES,
-        "training_seconds": {f"{setting}, {trainer}": round(s, 1) for (setting, trainer), s in seconds.items()},
-        "minutes": round((perf_counter() - start) / 60, 1),
+        "mirrored": not args.disable_tta,
+        "training_seconds": {f"{setting}, {trainer}": round(s) for (setting, trainer), s in seconds.items()},
         "results": results,
     }
     for setting, models in results.items():
