@@ -2,7 +2,7 @@
 
 Goes on in the work folder of ``sts.py``: trains early fusion, ShaSpec and CRNP with modality dropout on the same plan,
 split and length as its nnU-Net, and compares the four with ``nnunet-multimodal evaluate --all-subsets`` on the held-out
-patients. Whatever is done already is kept.
+patients; the t-SNE is that of ShaSpec's bottleneck features (the paper's Figure 5). Whatever is done already is kept.
 """
 
 from __future__ import annotations
@@ -44,7 +44,15 @@ def main() -> None:
         "-tr", *(model_name(args, trainer) for trainer in TRAINERS), "--baseline", model_name(args, BASELINE),
         "-device", args.device, "-np", "1", *(["--disable_tta"] if args.disable_tta else []),
     )  # fmt: skip
+    features = args.work / "features"
+    run(
+        args, "features", features / "features.png",
+        "nnunet-multimodal", "features", "-i", str(held_out / "imagesTs"), "-o", str(features), "-d", dataset[7:10],
+        "-c", CONFIGURATION, "-p", PLANS, "-f", str(args.fold), "-tr", model_name(args, TRAINERS[2]),
+        "-device", args.device,
+    )  # fmt: skip
     shutil.copyfile(out / "subsets.png", args.out / "sts_missing.png")
+    shutil.copyfile(features / "features.png", args.out / "sts_missing_features.png")
     figures = {"note": args.note, "mirrored": not args.disable_tta, "baseline": BASELINE, "results": read_table(table)}
     for trainer, rows in figures["results"].items():
         print(f"{trainer:32}", *(f"{s} {row['tumour']['Dice']['mean']:.3f}" for s, row in rows.items()), sep="  ")
