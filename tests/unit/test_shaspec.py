@@ -10,7 +10,7 @@ class TestShaSpec(NetworkContract):
     backbone = "shaspec"
     options = (
         {},
-        {"alignment": "mse", "substitution": "first"},
+        {"alignment": "mse", "substitution": "first", "skips": "substituted"},
         {"alignment": "kl", "projection": "zero"},
         {"alignment": "ce"},
     )
@@ -38,10 +38,11 @@ def test_an_absent_modality_is_the_mean_of_the_present_ones_or_the_first():
             torch.testing.assert_close(first[b, n], torch.zeros(3) if present[b, n] else r[b, there[0]])
 
 
+@pytest.mark.parametrize("skips", ["present", "substituted"])
 @pytest.mark.parametrize("substitution", ["mean", "first"])
-def test_skips_and_bottleneck_follow_the_equations(substitution):
+def test_skips_and_bottleneck_follow_the_equations(substitution, skips):
     """Everything computed modality by modality, concatenated and reduced by an ordinary 1x1 convolution."""
-    network = BUILD({"substitution": substitution}).eval()
+    network = BUILD({"substitution": substitution, "skips": skips}).eval()
     backbone = network.backbone
     x = DATA()
     absent = [(0, 1), (1, 0), (1, 2)]
@@ -62,6 +63,8 @@ def test_skips_and_bottleneck_follow_the_equations(substitution):
                 r = {
                     m: r[m] + projection.norm(projection.convolution(torch.cat((r[m], specific[m]), 1))) for m in there
                 }
+            elif skips == "present":
+                stand_in = torch.zeros_like(stand_in)
             stacked = torch.cat([r[m] if m in there else stand_in for m in range(MODALITIES)], 1)
             reduction = backbone.reductions[stage]
             weight = reduction.weight.flatten(1)[..., None, None, None]
