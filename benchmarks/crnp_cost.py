@@ -23,15 +23,17 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_multimodal.losses import Objective
+from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.modalities import split_present
 from nnunet_multimodal.network import MultimodalUNet
 from nnunet_multimodal.trainer import split_group
 
 CLASSES = 2
+LABELS = LabelManager({"background": 0, "structure": 1}, None)
 LEARNING_RATE = 1e-2
 PLAIN = "nnU-Net"
 # None: nnU-Net's own network and loss; otherwise options of MultimodalUNet
@@ -115,8 +117,7 @@ class Training:
             self.loss: nn.Module = DeepSupervisionWrapper(stock_loss(), plan.weights())
         else:
             network = MultimodalUNet(num_modalities, CLASSES, deep_supervision=True, **options, **plan.unet())
-            loss = stock_loss()
-            self.loss = Objective(network.build_loss(loss), loss, plan.weights())
+            self.loss = build_objective(network, stock_loss(), plan.weights(), LABELS)
         self.module = network.to(args.device)
         self.network = torch.compile(self.module) if args.compile else self.module
         self.optimiser = self._optimiser()
@@ -250,9 +251,10 @@ class Parts:
 
     def _reduction(self) -> Callable[[], None]:
         stages = [self._leaf(self.batch, self.modalities, *s) for s in self.sizes]
+        mixing = torch.diag_embed(self.present.to(self.dtype))
 
         def call() -> list[Tensor]:
-            return [r(s, self.present) for r, s in zip(self.backbone.reductions, stages, strict=True)]
+            return [r(s, mixing) for r, s in zip(self.backbone.reductions, stages, strict=True)]
 
         return self._pass(call, self._shapes(), stages)
 

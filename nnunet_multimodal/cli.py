@@ -19,6 +19,10 @@ COMMANDS = {
     "evaluate": ("nnunet_multimodal.evaluate", "Dice, HD95, surface distance, D_GED^2 and calibration of a folder"),
     "postprocess": ("nnunet_multimodal.postprocess", "turn a label that is hardly there into another one"),
     "features": ("nnunet_multimodal.inference.features", "shared and specific features of modalities, and their t-SNE"),
+    "explain": (
+        "nnunet_multimodal.explain",
+        "which modality contributed what, where: maps, weights, pictures",
+    ),
     "uncertainty": ("nnunet_multimodal.inference.uncertainty", "maps of each modality's uncertainty for whole images"),
 }
 

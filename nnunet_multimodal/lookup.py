@@ -18,7 +18,7 @@ PREPROCESSING = "nnunetv2.preprocessing"
 # How backbones and heads (registries in nnunet_multimodal.backbones and .heads) and modality dropout appear in the name
 # of a trainer, in this order: CRNPSSNModalityDropoutTrainer. Nothing here may import torch: every start of Python reads
 # this module's tables.
-_BACKBONES = {"early": "", "crnp": "CRNP", "shaspec": "ShaSpec"}
+_BACKBONES = {"early": "", "crnp": "CRNP", "shaspec": "ShaSpec", "ciml": "CIML"}
 _HEADS = {"deterministic": "", "ssn": "SSN", "ssn_diagonal": "SSNDiagonal"}
 _MODALITY_DROPOUT = {False: "", True: "ModalityDropout"}
 
@@ -37,7 +37,7 @@ ENCODER_PLANS = ("", "ResEncM", "ResEncL", "ResEncXL")
 # planner -> (backbone, nnU-Net's encoder)
 PLANNERS = {
     f"nnUNetPlanner{_BACKBONES[backbone]}{encoder}": (backbone, encoder)
-    for backbone, encoder in itertools.product(("crnp", "shaspec"), ENCODER_PLANS)
+    for backbone, encoder in itertools.product(("crnp", "shaspec", "ciml"), ENCODER_PLANS)
 }
 
 # The package that nnU-Net searches -> our class -> our module.

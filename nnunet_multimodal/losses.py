@@ -3,21 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
 from nnunet_multimodal.heads.base import DistributionLoss, SegmentationLoss
-from nnunet_multimodal.network import NetworkOutput
+from nnunet_multimodal.network import MultimodalUNet, NetworkOutput
+
+
+class SubtaskLoss:
+    """The summed losses of segmentors, each on the output channels that it answers for.
+
+    Args:
+        segmentation_loss: nnU-Net's of all channels.
+        label_manager: nnU-Net's.
+    """
+
+    def __init__(self, segmentation_loss: nn.Module, label_manager: LabelManager) -> None:
+        self.segmentation_loss = deepcopy(segmentation_loss)
+        dice: Any = getattr(self.segmentation_loss, "dc", None)
+        if hasattr(dice, "ddp"):  # who answers for what differs between processes, whose Dice cannot be taken together
+            dice.ddp = False
+        self.label_manager = label_manager
+
+    def __call__(self, logits: Tensor, active: Tensor, target: Tensor) -> Tensor:
+        """A scalar.
+
+        Args:
+            logits: of S segmentors (B, S, C, *D).
+            active: who answers for what (B, S, C), bool.
+            target: nnU-Net's, labels (B, 1, *D) or regions (B, C, *D) and the ignored voxels.
+        """
+        total = logits.flatten()[:1].float().sum() * 0.0  # a gradient for those who answer for nothing
+        for s in range(logits.shape[1]):
+            for channels in active[:, s].unique(dim=0):
+                if channels.any():
+                    samples = (active[:, s] == channels).all(1)
+                    own = self.select(target[samples], channels)
+                    loss = self.segmentation_loss(logits[samples, s][:, channels], own)
+                    total = total + loss * samples.float().mean()
+        return total
+
+    def select(self, target: Tensor, channels: Tensor) -> Tensor:
+        """The target of some output channels (C,) bool: regions of others left out, labels of others background."""
+        if self.label_manager.has_regions:
+            return torch.cat((target[:, : len(channels)][:, channels], target[:, len(channels) :]), 1)
+        number = torch.where(channels, channels.cumsum(0) - 1, 0)
+        if self.label_manager.has_ignore_label:
+            ignored = torch.tensor([self.label_manager.ignore_label], device=number.device)
+            number = torch.cat((number, ignored))
+        return number[target.long()].to(target.dtype)
 
 
 class Objective(nn.Module):
     """Weighted sum over resolutions, as nnU-Net's deep supervision, plus auxiliary losses.
 
     Args:
-        distribution_loss: loss of the head's distribution at full resolution.
+        distribution_loss: loss of the head's distribution at full resolution; None if the segmentors' losses are all.
         segmentation_loss: nnU-Net's loss of logits, for the coarser resolutions.
         weights: of the resolutions, finest first; None without deep supervision.
+        subtask_loss: of backbones with several segmentors, at every resolution, and instead of the loss of the coarser
+            ones.
 
     Attributes:
         progress: how much of the training will be done after this epoch, 0 to 1; the trainer sets it.
@@ -25,13 +74,15 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        distribution_loss: DistributionLoss,
+        distribution_loss: DistributionLoss | None,
         segmentation_loss: SegmentationLoss,
         weights: Sequence[float] | None,
+        subtask_loss: SubtaskLoss | None = None,
     ) -> None:
         super().__init__()
         self.distribution_loss = distribution_loss
         self.segmentation_loss = segmentation_loss
+        self.subtask_loss = subtask_loss
         self.weights = weights
         self.progress = 1.0
 
@@ -42,11 +93,32 @@ class Objective(nn.Module):
         """
         if isinstance(output, Tensor):
             return self.segmentation_loss(output, target)
-        if self.weights is None:
-            loss = self.distribution_loss(output.distribution, target, self.progress)
-        else:
-            loss = self.weights[0] * self.distribution_loss(output.distribution, target[0], self.progress)
-            for weight, logits, coarse_target in zip(self.weights[1:], output.coarse_logits, target[1:], strict=True):
-                if weight != 0:
-                    loss = loss + weight * self.segmentation_loss(logits, coarse_target)
-        return sum(output.auxiliary_losses.values(), loss)
+        targets, weights = ([target], [1.0]) if self.weights is None else (target, self.weights)
+        levels = enumerate(zip(weights, targets, (None, *output.coarse_logits), strict=True))
+        terms = [weight * self._at(output, level, target) for level, (weight, target, _) in levels if weight != 0]
+        return sum([*terms[1:], *output.auxiliary_losses.values()], terms[0])
+
+    def _at(self, output: NetworkOutput, level: int, target: Tensor) -> Tensor:
+        """The segmentation term of a resolution."""
+        terms = []
+        if level == 0 and self.distribution_loss is not None:
+            terms.append(self.distribution_loss(output.distribution, target, self.progress))
+        if output.subtasks is not None and self.subtask_loss is not None:
+            terms.append(self.subtask_loss(output.subtasks.logits[level], output.subtasks.active, target))
+        elif level > 0:
+            terms.append(self.segmentation_loss(output[level], target))
+        return sum(terms[1:], terms[0])
+
+
+def build_objective(
+    network: MultimodalUNet,
+    segmentation_loss: nn.Module,
+    weights: Sequence[float] | None,
+    label_manager: LabelManager,
+) -> Objective:
+    """The objective of a network, from nnU-Net's loss and weights of the resolutions."""
+    subtask_loss = SubtaskLoss(segmentation_loss, label_manager) if network.backbone.PREDICTS else None
+    # what the segmentors learn, a deterministic head need not learn again
+    repeated = subtask_loss is not None and not network.head.STOCHASTIC
+    distribution_loss = None if repeated else network.build_loss(segmentation_loss, label_manager)
+    return Objective(distribution_loss, segmentation_loss, weights, subtask_loss)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_multimodal.backbones import BACKBONES
-from nnunet_multimodal.backbones.base import Backbone, UNetTopology
+from nnunet_multimodal.backbones.base import Backbone, SubtaskLogits, UNetTopology
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.heads.base import DistributionLoss, Head, LogitDistribution, SegmentationLoss
 from nnunet_multimodal.modalities import check_dedicated, check_groups, split_present
@@ -30,11 +30,13 @@ class NetworkOutput:
         distribution: at full resolution.
         coarse_logits: mean logits of the coarser decoder stages, finest first; empty without deep supervision.
         auxiliary_losses: scalars by name, already weighted; empty in evaluation mode.
+        subtasks: logits of the segmentors, of backbones that have several.
     """
 
     distribution: LogitDistribution
     coarse_logits: tuple[Tensor, ...] = ()
     auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
+    subtasks: SubtaskLogits | None = None
 
     def __getitem__(self, index: int) -> Tensor:
         """Mean logits by resolution, finest first: nnU-Net's validation step takes ``output[0]``."""
@@ -90,10 +92,12 @@ class MultimodalUNet(nn.Module):
         self.channel_order = None if order == sorted(order) else order
         self.num_modalities = len(self.groups)
         self.unused = check_dedicated(dedicated, self.num_modalities)
+        backbone_class = look_up("backbone", backbone, BACKBONES)
+        own = {"num_classes": num_classes} if backbone_class.PREDICTS else {}
         self.backbone: Backbone = build(
-            look_up("backbone", backbone, BACKBONES),
+            backbone_class,
             f"backbone {backbone!r}",
-            backbone_kwargs or {},
+            {**(backbone_kwargs or {}), **own},
             topology,
             self.num_modalities,
             len(self.groups[0]),
@@ -102,10 +106,13 @@ class MultimodalUNet(nn.Module):
         self.head: Head = build(
             look_up("head", head, HEADS), f"head {head!r}", head_kwargs or {}, topology, num_classes
         )
+        if self.backbone.PREDICTS:
+            self.head.drop_segmentation_layers()
         self.deep_supervision = deep_supervision
         if not deep_supervision:  # DistributedDataParallel stops on a parameter that gets no gradient
-            for parameter in self.head.unused_without_deep_supervision():
-                parameter.requires_grad_(False)
+            for part in (self.backbone, self.head):
+                for parameter in part.unused_without_deep_supervision():
+                    parameter.requires_grad_(False)
 
     @property
     def decoder(self) -> MultimodalUNet:
@@ -116,16 +123,23 @@ class MultimodalUNet(nn.Module):
         """Image and cascade channels (B, input_channels, *D) -> see the class."""
         x, foreground = self.split_foreground(x)
         output = self.backbone(*self.split(x))
+        subtasks = output.subtasks
+        logits = None if subtasks is None else subtasks.average()
         if not (self.training or self.deep_supervision):
-            return self.head.mean_logits(output.features, output.bottleneck)
-        distribution = self.head(output.features, output.bottleneck, foreground)
-        coarse = self.head.coarse_logits(output.features) if self.deep_supervision else ()
-        return NetworkOutput(distribution, coarse, output.auxiliary_losses)
+            return self.head.mean_logits(output.features, output.bottleneck, logits)
+        distribution = self.head(output.features, output.bottleneck, foreground, logits)
+        coarse: tuple[Tensor, ...] = ()
+        if self.deep_supervision and subtasks is None:
+            coarse = self.head.coarse_logits(output.features)
+        elif self.deep_supervision:
+            coarse = tuple(subtasks.average(level) for level in range(1, len(subtasks.logits)))
+        return NetworkOutput(distribution, coarse, output.auxiliary_losses, subtasks)
 
     def distribution(self, x: Tensor) -> LogitDistribution:
         """The head's whole distribution at full resolution, for images and cascade channels as in ``forward``."""
         output = self.backbone(*self.split(x))
-        return self.head(output.features, output.bottleneck)
+        logits = None if output.subtasks is None else output.subtasks.average()
+        return self.head(output.features, output.bottleneck, logits=logits)
 
     def split_foreground(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input (B, input_channels, *D), and nnU-Net's non-zero mask (B, 1, *D) bool or None.

@@ -14,9 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_multimodal.backbones import BACKBONES
+from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.network import MultimodalUNet
 from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, check_incomplete
@@ -68,6 +70,35 @@ def network_kwargs(configuration_manager: ConfigurationManager, backbone: str, h
     }
 
 
+def resolve_options(
+    configuration_manager: ConfigurationManager, backbone: str, dataset_json: dict, label_manager: LabelManager
+) -> dict[str, dict]:
+    """Options of a backbone that follow from the data set, by its name, for ``nnunet_multimodal`` in the plans.
+
+    What stands there already wins over dataset.json.
+
+    Raises:
+        UserError: dataset.json contradicts itself, or what one of our planners took from it.
+    """
+    configuration = configuration_manager.configuration
+    options = configuration.get(OPTIONS_KEY, {})
+    channels = range(len(configuration_manager.normalization_schemes))
+    groups = options.get("modalities") or [[channel] for channel in channels]
+    resolved = BACKBONES[backbone].dataset_options(dataset_json, label_manager, groups)
+    if not resolved:
+        return {}
+    stated = options.get(backbone, {})
+    architecture = configuration_manager.network_arch_init_kwargs
+    planned = architecture.get("backbone_kwargs", {}) if architecture.get("backbone") == backbone else {}
+    for name in resolved:
+        if planned and name not in stated and planned.get(name) != resolved[name]:
+            raise UserError(
+                f"{name} of {backbone!r} was planned as {planned.get(name)} and follows from dataset.json as "
+                f"{resolved[name]}; run nnUNetv2_plan_experiment again"
+            )
+    return {backbone: {**resolved, **stated}}
+
+
 class MultimodalPlannerMixin(ExperimentPlanner):
     """Plans patch and batch size for our network instead of nnU-Net's, in front of any of nnU-Net's U-Net planners.
 
@@ -107,12 +138,17 @@ class MultimodalPlannerMixin(ExperimentPlanner):
                 f"{self.backbone} needs at least {needed} to fuse; plan it with nnU-Net's own planner instead"
             )
         self.UNet_class = MultimodalUNet
+        self.label_manager = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
+        single = [[channel] for channel in range(len(channels))]
+        self.backbone_kwargs = BACKBONES[self.backbone].dataset_options(self.dataset_json, self.label_manager, single)
 
     # nnU-Net's is a static method that it calls on the instance
     def static_estimate_VRAM_usage(  # noqa: N802
         self, patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
     ):
         """Feature map elements of our network for a patch."""
+        if BACKBONES[self.backbone].PREDICTS:  # nnU-Net counts labels, which are more than the regions
+            output_channels = self.label_manager.num_segmentation_heads
         return ExperimentPlanner.static_estimate_VRAM_usage(
             patch_size,
             input_channels,
@@ -129,5 +165,6 @@ class MultimodalPlannerMixin(ExperimentPlanner):
         plan["architecture"]["arch_kwargs"].update(self._method(), num_image_channels=channels)
         return plan
 
-    def _method(self) -> dict[str, str]:
-        return {"backbone": self.backbone, "head": self.head}
+    def _method(self) -> dict[str, Any]:
+        method = {"backbone": self.backbone, "head": self.head}
+        return {**method, "backbone_kwargs": self.backbone_kwargs} if self.backbone_kwargs else method

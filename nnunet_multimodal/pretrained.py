@@ -1,9 +1,10 @@
 """``-pretrained_weights`` of a stock nnU-Net checkpoint for our networks: what is loaded, and how.
 
-Taken over: every encoder, the decoder, and nothing else (nnU-Net never transfers segmentation layers). A network with
+Taken over: every encoder, every decoder, and nothing else (nnU-Net never transfers segmentation layers). A network with
 an encoder that sees the modalities one by one starts from the mean of the checkpoint's first convolution over
 its image channels; an encoder of one modality takes its own channels. What a method adds (fusion, reductions) keeps its
-initialisation and is listed. Of a checkpoint of ours the whole backbone is taken over, and nothing of the head.
+initialisation and is listed. Of a checkpoint of ours the whole backbone is taken over, but for segmentation layers, and
+nothing of the head.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def backbone_weights(
     """
     loaded = {}
     for key, own in network.state_dict().items():
-        if key.startswith("backbone."):
+        if key.startswith("backbone.") and ".seg_layers." not in key:
             if key not in weights:
                 raise _other_topology(key, "is not in", fname)
             if weights[key].shape != own.shape:
@@ -90,7 +91,7 @@ def stock_weights(network: MultimodalUNet, weights: dict[str, Tensor], fname: st
 
 def _shared_parts(network: MultimodalUNet) -> dict[str, list[tuple[int, ...]] | None]:
     """Our module -> groups of image channels that its encoder sees one at a time; None for the decoder."""
-    parts: dict[str, list[tuple[int, ...]] | None] = {"decoder": None}
+    parts: dict[str, list[tuple[int, ...]] | None] = dict.fromkeys(network.backbone.decoders())
     for encoder, inputs in network.backbone.encoder_modalities().items():
         parts[encoder] = [tuple(channel for m in modalities for channel in network.groups[m]) for modalities in inputs]
     return parts

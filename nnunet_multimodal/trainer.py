@@ -17,10 +17,10 @@ from torch import nn
 from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.doctor import hook_file
 from nnunet_multimodal.heads import HEADS
-from nnunet_multimodal.losses import Objective
+from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.modalities import ModalityDropout
 from nnunet_multimodal.network import MultimodalUNet, build, unwrap
-from nnunet_multimodal.planning import OPTIONS_KEY, network_kwargs
+from nnunet_multimodal.planning import OPTIONS_KEY, network_kwargs, resolve_options
 from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, check_incomplete
 from nnunet_multimodal.transforms import keep_foreground
 
@@ -55,8 +55,13 @@ class MultimodalTrainer(nnUNetTrainer):
             UserError: the plans take the placeholders of absent modalities for images.
         """
         check_modalities(self.backbone, self.configuration_manager, self.dataset_json, self.plans_manager.dataset_name)
-        options = self.configuration_manager.configuration.get(OPTIONS_KEY, {}).get("modality_dropout", {})
-        self.dropout = build(ModalityDropout, "modality dropout", options) if self.modality_dropout else None
+        options = self.configuration_manager.configuration.get(OPTIONS_KEY, {})
+        dropout = options.get("modality_dropout", {})
+        self.dropout = build(ModalityDropout, "modality dropout", dropout) if self.modality_dropout else None
+        resolved = resolve_options(self.configuration_manager, self.backbone, self.dataset_json, self.label_manager)
+        if resolved:  # in the model's plans.json too, for the predictor
+            own = self.plans_manager.plans["configurations"][self.configuration_name]
+            self.configuration_manager.configuration[OPTIONS_KEY] = own[OPTIONS_KEY] = {**options, **resolved}
         check_incomplete(
             self.plans_manager.dataset_name,
             load_json(str(Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json")),
@@ -125,7 +130,7 @@ class MultimodalTrainer(nnUNetTrainer):
         weights = None
         if self.enable_deep_supervision:
             loss, weights = loss.loss, loss.weight_factors
-        return Objective(unwrap(self.network).build_loss(loss, self.label_manager), loss, weights)
+        return build_objective(unwrap(self.network), loss, weights, self.label_manager)
 
 
 def split_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:

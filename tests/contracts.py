@@ -107,7 +107,9 @@ class NetworkContract:
 
     def test_weights_of_training_load_strictly_for_prediction(self):
         trained, fresh = self.build(), self.build(deep_supervision=False)
-        nn.init.constant_(trained.head.seg_layers[0].bias, 0.3)
+        for name, parameter in trained.named_parameters():
+            if name.endswith("seg_layers.0.bias"):
+                nn.init.constant_(parameter, 0.3)
         fresh.load_state_dict(trained.state_dict())
         trained.deep_supervision = False
         torch.testing.assert_close(fresh.eval()(self.data()), trained.eval()(self.data()))
@@ -187,7 +189,9 @@ class NetworkContract:
             compiled = torch.compile(network, fullgraph=True, backend=counter)
             for absent in ([], [(0, 1)], [(0, 0), (0, 2), (1, 1)]):
                 x = with_absent(self.data(), absent)
+                torch.manual_seed(2)  # for networks that draw noise
                 output = compiled(x)
+                torch.manual_seed(2)
                 torch.testing.assert_close(output[0], network(x)[0])
                 self.loss(output).backward()
             assert counter.frame_count == 1

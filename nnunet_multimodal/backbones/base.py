@@ -16,7 +16,39 @@ from dynamic_network_architectures.building_blocks.helper import convert_conv_op
 from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class SubtaskLogits:
+    """What several segmentors predict, each of which answers for some of the output channels.
+
+    Attributes:
+        logits: finest first, each (B, S, C, *D).
+        active: who answers for what (B, S, C) bool; each channel has somebody. With labels everyone who is there has
+            the background, which is what it does not answer for.
+        has_regions: output channels are regions and not labels.
+    """
+
+    logits: tuple[Tensor, ...]
+    active: Tensor
+    has_regions: bool
+
+    def average(self, level: int = 0) -> Tensor:
+        """Logits (B, C, *D), float32, of the probabilities, averaged channel by channel over who answers for it."""
+        with full_precision(self.active.device):
+            logits = self.logits[level].float()
+            active = self.active.view(*self.active.shape, *(1,) * (logits.ndim - 3))
+            if self.has_regions:
+                inside, outside = (F.logsigmoid(sign * logits).masked_fill(~active, -math.inf) for sign in (1, -1))
+                return inside.logsumexp(1) - outside.logsumexp(1)
+            silent = ~active.any(2, keepdim=True)  # a softmax over nothing would be NaN
+            log_p = logits.masked_fill(~(active | silent), -math.inf).log_softmax(2).masked_fill(~active, -math.inf)
+            log_p = log_p.logsumexp(1) - active.sum(1).log()
+            log_p = log_p[:, 1:]
+            return torch.cat(((1 - log_p.exp().sum(1, keepdim=True)).clamp_min(1e-6).log(), log_p), 1)
 
 
 @dataclass(frozen=True)
@@ -27,11 +59,13 @@ class BackboneOutput:
         features: decoder features, finest first, each (B, F_s, *D_s).
         bottleneck: the deepest features (B, F, *d).
         auxiliary_losses: scalars that the training objective adds, by name; empty in evaluation mode.
+        subtasks: of backbones that predict by themselves; the head then has no segmentation layers.
     """
 
     features: tuple[Tensor, ...]
     bottleneck: Tensor
     auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
+    subtasks: SubtaskLogits | None = None
 
 
 class Backbone(nn.Module, ABC):
@@ -40,10 +74,12 @@ class Backbone(nn.Module, ABC):
     Promises, checked by ``tests/contracts.py`` for every backbone: the content of an absent modality never changes the
     output, every parameter gets a gradient in every step, and the graph compiles whole, whatever is present.
 
-    The constructor takes ``(topology, num_modalities, channels_per_modality, cascade_channels, **options)``.
+    The constructor takes ``(topology, num_modalities, channels_per_modality, cascade_channels, **options)``, and
+    ``num_classes`` where it ``PREDICTS``.
     """
 
     MIN_MODALITIES: ClassVar[int] = 1  # fewer make no sense for the method
+    PREDICTS: ClassVar[bool] = False  # its output has ``subtasks``
     num_modalities: int
 
     @abstractmethod
@@ -66,6 +102,30 @@ class Backbone(nn.Module, ABC):
 
         ``{"encoder": [[0, 1, 2]]}`` sees all together, ``{"shared": [[0], [1], [2]]}`` one after the other.
         """
+
+    def decoders(self) -> list[str]:
+        """Names of the submodules that are nnU-Net's decoder."""
+        return ["decoder"]
+
+    def unused_without_deep_supervision(self) -> Iterable[nn.Parameter]:
+        """Parameters of logits of coarser stages."""
+        return ()
+
+    @classmethod
+    def dataset_options(
+        cls, dataset_json: dict[str, Any], label_manager: LabelManager, groups: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
+        """Options that follow from the data set; the trainer and our planners write them into the plans.
+
+        Args:
+            dataset_json: nnU-Net's.
+            label_manager: nnU-Net's.
+            groups: image channels of each modality.
+
+        Raises:
+            UserError: dataset.json contradicts itself.
+        """
+        return {}
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         """Parameters that need settings of their own, as optimiser groups.
@@ -160,6 +220,18 @@ class UNetTopology:
         if self.n_conv_per_stage is not None:
             return PlainConvEncoder(n_conv_per_stage=self.n_conv_per_stage, **shared)
         return ResidualEncoder(n_blocks_per_stage=self.n_blocks_per_stage, **shared)
+
+    def build_norm(self, features: int) -> nn.Module:
+        """The plan's normalisation, if it has one."""
+        return nn.Identity() if self.norm_op is None else self.norm_op(features, **(self.norm_op_kwargs or {}))
+
+    def build_nonlin(self) -> nn.Module:
+        """The plan's nonlinearity, if it has one."""
+        return nn.Identity() if self.nonlin is None else self.nonlin(**(self.nonlin_kwargs or {}))
+
+    def build_segmentation_layers(self, num_classes: int) -> nn.ModuleList:
+        """nnU-Net's: a 1x1 convolution to logits for every decoder stage, finest first."""
+        return nn.ModuleList(self.conv_op(f, num_classes, 1, bias=True) for f in self.features_per_stage[:-1])
 
     def build_decoder(self) -> FeatureDecoder:
         """nnU-Net's decoder without its segmentation layers."""

@@ -87,7 +87,7 @@ class ResidualProjection(nn.Module):
                 raise ValueError(
                     "shaspec: the plan's network has no normalisation layer; use projection='zero' in the plans file"
                 )
-            self.norm = topology.norm_op(features, **(topology.norm_op_kwargs or {}))
+            self.norm = topology.build_norm(features)
             self.scale = None
         else:
             self.norm = nn.Identity()

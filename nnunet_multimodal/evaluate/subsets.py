@@ -24,8 +24,7 @@ from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate.cases import CaseFiles, LeftOut, evaluate_all, read_settings
 from nnunet_multimodal.evaluate.report import format_left_out, write_text
 from nnunet_multimodal.evaluate.subset_report import Measured, Scores, as_csv, as_markdown, case_csv, draw, summarise
-from nnunet_multimodal.inference.base import Case, ModelPredictor, Preprocessed, model_folder
-from nnunet_multimodal.network import MultimodalUNet, unwrap
+from nnunet_multimodal.inference.base import Case, ModelPredictor, model_folder
 
 Subset = tuple[int, ...]
 MAX_MODALITIES = 8  # 255 predictions of each case
@@ -191,7 +190,8 @@ def predict_subsets(
                         left_out.append(LeftOut(case.name, subset_name(subset, names), f"no {', '.join(lacking)}"))
                         progress.update()
                         continue
-                    data = with_subset(model, preprocessed, [c for m in subset for c in modalities[m]])
+                    kept = [channel for m in subset for channel in modalities[m]]
+                    data = model.predictor.with_channels(preprocessed, kept)
                     logits = model.predictor.predict_logits_from_preprocessed_data(data)
                     export(model.predictor, logits, preprocessed.properties, file)
                 predicted[case.name, subset] = file
@@ -210,14 +210,6 @@ def check_identity(model: Model, output: Path, args: argparse.Namespace) -> None
         )
     output.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(identity, indent=1) + "\n")
-
-
-def with_subset(model: Model, preprocessed: Preprocessed, channels: Sequence[int]) -> Tensor:
-    """The network's input with nothing but some image channels: NaN elsewhere for ours, zero for nnU-Net's own."""
-    data = preprocessed.data.clone()
-    ours = isinstance(unwrap(model.predictor.network), MultimodalUNet)
-    data[[channel for channel in range(len(data)) if channel not in channels]] = torch.nan if ours else 0.0
-    return data
 
 
 def export(predictor: ModelPredictor, logits: Tensor, properties: dict, file: Path) -> None:

@@ -52,7 +52,11 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, features: Sequence[Tensor], bottleneck: Tensor, foreground: Tensor | None = None
+        self,
+        features: Sequence[Tensor],
+        bottleneck: Tensor,
+        foreground: Tensor | None = None,
+        logits: Tensor | None = None,
     ) -> LogitDistribution:
         """The distribution at full resolution.
 
@@ -60,11 +64,16 @@ class Head(nn.Module, ABC):
             features: decoder features, finest first.
             bottleneck: the deepest features.
             foreground: nnU-Net's non-zero mask (B, 1, *D) bool, where it is known.
+            logits: (B, C, *D), what the backbone predicts, in place of segmentation layers of the head's own.
         """
 
     @abstractmethod
-    def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor) -> Tensor:
+    def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor, logits: Tensor | None = None) -> Tensor:
         """The mean alone (B, C, *D), for nnU-Net's predictor."""
+
+    @abstractmethod
+    def drop_segmentation_layers(self) -> None:
+        """The backbone predicts by itself."""
 
     def blended(self, parameters: Tensor, foreground: Tensor) -> BlendableLogits:
         """The distribution over a whole image, for heads that are ``STOCHASTIC``.

@@ -32,19 +32,25 @@ class DeterministicHead(Head):
         self.topology = topology
         self.num_classes = num_classes
         # nnU-Net's loader of pretrained weights skips keys that contain ".seg_layers."
-        self.seg_layers = nn.ModuleList(
-            topology.conv_op(f, num_classes, 1, bias=True) for f in topology.features_per_stage[:-1]
-        )
+        self.seg_layers = topology.build_segmentation_layers(num_classes)
 
     def forward(
-        self, features: Sequence[Tensor], bottleneck: Tensor, foreground: Tensor | None = None
+        self,
+        features: Sequence[Tensor],
+        bottleneck: Tensor,
+        foreground: Tensor | None = None,
+        logits: Tensor | None = None,
     ) -> LogitDistribution:
         """See ``nnunet_multimodal.heads.base``."""
-        return DeterministicLogits(self.mean_logits(features, bottleneck))
+        return DeterministicLogits(self.mean_logits(features, bottleneck, logits))
 
-    def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor) -> Tensor:
-        """The finest layer's logits."""
-        return self.seg_layers[0](features[0])
+    def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor, logits: Tensor | None = None) -> Tensor:
+        """The finest layer's logits, or the backbone's."""
+        return self.seg_layers[0](features[0]) if logits is None else logits
+
+    def drop_segmentation_layers(self) -> None:
+        """The backbone predicts by itself."""
+        self.seg_layers = nn.ModuleList()
 
     def coarse_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Logits of every coarser stage, finest first."""

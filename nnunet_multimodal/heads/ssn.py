@@ -217,11 +217,15 @@ class SSNHead(DeterministicHead):
         self.factor_layer = topology.conv_op(features, rank * num_classes, 1, bias=True) if rank else None
 
     def forward(
-        self, features: Sequence[Tensor], bottleneck: Tensor, foreground: Tensor | None = None
+        self,
+        features: Sequence[Tensor],
+        bottleneck: Tensor,
+        foreground: Tensor | None = None,
+        logits: Tensor | None = None,
     ) -> LowRankGaussianLogits:
         """See ``nnunet_multimodal.heads.base``."""
         finest = features[0]
-        loc, log_diagonal = self.seg_layers[0](finest), self.log_diagonal_layer(finest)
+        loc, log_diagonal = self.mean_logits(features, bottleneck, logits), self.log_diagonal_layer(finest)
         if self.factor_layer is None:
             factor = loc.new_zeros(len(loc), 0, *loc.shape[1:])
         else:
@@ -232,10 +236,6 @@ class SSNHead(DeterministicHead):
                 diagonal = diagonal * foreground
                 factor = factor * foreground[:, None].to(factor.dtype)
             return LowRankGaussianLogits(loc.float(), factor, diagonal + EPSILON)
-
-    def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor) -> Tensor:
-        """The mean alone, which is all that nnU-Net's predictor needs."""
-        return self.seg_layers[0](features[0])
 
     @property
     def num_blended(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -11,6 +11,8 @@ import nibabel
 import numpy as np
 import SimpleITK
 import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -201,6 +203,32 @@ class ModelPredictor(nnUNetPredictor):
             labels = plans.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels, data.dtype)))
         return Preprocessed(torch.from_numpy(data), foreground, properties, tuple(absent.tolist()))
+
+    def with_channels(self, preprocessed: Preprocessed, channels: Sequence[int]) -> Tensor:
+        """The network's input with nothing but some image channels: NaN elsewhere for ours, zero for nnU-Net's own."""
+        data = preprocessed.data.clone()
+        ours = isinstance(unwrap(self.network), MultimodalUNet)
+        data[[c for c in range(len(preprocessed.absent)) if c not in channels]] = torch.nan if ours else 0.0
+        return data
+
+    def tiles(self, data: Tensor) -> Iterator[Tensor]:
+        """nnU-Net's tiles of a case (1, K, *patch), on the device, without those of nothing."""
+        data, _ = pad_nd_image(data, self.configuration_manager.patch_size, "constant", {"value": 0}, True, None)
+        for slicer in self._internal_get_sliding_window_slicers(data.shape[1:]):
+            tile = data[slicer][None].to(self.device)
+            if torch.nan_to_num(tile).any():
+                yield tile
+
+    def to_image_grid(self, maps: Tensor, properties: dict) -> np.ndarray:
+        """Maps (M, *D) on the network's grid -> (M, *spatial) on the image's, zero outside nnU-Net's crop."""
+        shape = properties["shape_after_cropping_and_before_resampling"]
+        spacing = [properties["spacing"][axis] for axis in self.plans_manager.transpose_forward]
+        current = [spacing[0], *self.configuration_manager.spacing][-len(shape) :]
+        resample = self.configuration_manager.resampling_fn_probabilities
+        resampled = np.asarray(resample(maps, shape, current, spacing), dtype=np.float32)
+        whole = np.zeros((len(maps), *properties["shape_before_cropping"]), dtype=np.float32)
+        whole = insert_crop_into_image(whole, resampled, properties["bbox_used_for_cropping"])
+        return whole.transpose([0] + [axis + 1 for axis in self.plans_manager.transpose_backward])
 
 
 def write_map(array: np.ndarray, like: str, properties: dict, path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -74,12 +73,7 @@ def case_features(predictor: ModelPredictor, case: Case) -> Iterator[Feature]:
     """Features of a case's tiles, without the modalities that it lacks and without empty tiles."""
     network = unwrap(predictor.network)
     names = predictor.modality_names(network.groups)
-    data = predictor.preprocess(case).data
-    data, _ = pad_nd_image(data, predictor.configuration_manager.patch_size, "constant", {"value": 0}, True, None)
-    for slicer in predictor._internal_get_sliding_window_slicers(data.shape[1:]):
-        tile = data[slicer][None].to(predictor.device)
-        if not torch.nan_to_num(tile).any():
-            continue
+    for tile in predictor.tiles(predictor.preprocess(case).data):
         _, _, present = network.split(tile)
         for kind, values in network.modality_features(tile).items():
             for modality in present[0].nonzero().flatten().tolist():

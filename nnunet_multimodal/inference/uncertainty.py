@@ -14,12 +14,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
 from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
-from nnunet_multimodal.inference.base import Case, ModelPredictor, add_model_arguments, model_folder, write_map
+from nnunet_multimodal.inference.base import (
+    Case,
+    ModelPredictor,
+    Preprocessed,
+    add_model_arguments,
+    model_folder,
+    write_map,
+)
 from nnunet_multimodal.network import MultimodalUNet, unwrap
 
 
@@ -66,15 +72,13 @@ class UncertaintyPredictor(ModelPredictor):
 
     def predict_case(self, case: Case) -> tuple[np.ndarray, list[float], dict]:
         """Maps (M, *spatial) of a case on its own grid, zero outside nnU-Net's crop, means inside it, properties."""
-        data, _, properties, _ = self.preprocess(case)
-        maps = self.predict_logits_from_preprocessed_data(data).float()
+        return self.predict_preprocessed(self.preprocess(case))
 
-        plans, configuration = self.plans_manager, self.configuration_manager
-        shape = properties["shape_after_cropping_and_before_resampling"]
-        spacing = [properties["spacing"][axis] for axis in plans.transpose_forward]
-        current = [spacing[0], *configuration.spacing][-len(shape) :]
-        maps = np.asarray(configuration.resampling_fn_probabilities(maps, shape, current, spacing), dtype=np.float32)
-        whole = np.zeros((len(maps), *properties["shape_before_cropping"]), dtype=np.float32)
-        whole = insert_crop_into_image(whole, maps, properties["bbox_used_for_cropping"])
-        means = [float(uncertainty.mean()) for uncertainty in maps]
-        return whole.transpose([0] + [axis + 1 for axis in plans.transpose_backward]), means, properties
+    def predict_preprocessed(self, preprocessed: Preprocessed) -> tuple[np.ndarray, list[float], dict]:
+        """The same of a case that is preprocessed."""
+        maps = self.predict_logits_from_preprocessed_data(preprocessed.data).float()
+        whole = self.to_image_grid(maps, preprocessed.properties)
+        crop = tuple(slice(*bounds) for bounds in preprocessed.properties["bbox_used_for_cropping"])
+        inside = whole.transpose([0] + [axis + 1 for axis in self.plans_manager.transpose_forward])
+        means = [float(uncertainty[crop].mean()) for uncertainty in inside]
+        return whole, means, preprocessed.properties

@@ -1,0 +1,299 @@
+"""CIML: a segmentor for each sub-task, messages between them, and a gate that lets complementary information through.
+
+Shen, Li, Chen, Wang, Zhu, Li, Wang, Jin: *Complementary Information Mutual Learning for Multimodality Medical Image
+Segmentation*, arXiv:2401.02717, 2024. Implements the task decomposition (3.1), message passing between encoders and
+decoders of all segmentors, the cross-modality information gate (Fig. 12, Table 1), Eq. 7 to 10 (reparameterised
+complementary information with a Kullback-Leibler term) and the averaged output (4.1.1). The ablations of Table 5 are
+the options ``messages``, ``attention`` and ``variational``.
+
+Deviations from the paper, each with its reason:
+
+- A skip is the concatenation of the own embedding and the summed complementary information, reduced by a 1x1
+  convolution to the planned width, so that segmentors keep nnU-Net's planned decoder. Table 1 feeds the doubled width
+  to the decoder's first convolution, of which this is the factorised form.
+- The standard deviation is a softplus of its convolution; the paper does not say how it is kept positive.
+- The Kullback-Leibler term is the mean over the elements of each gate, averaged over the stages and over the messages
+  that there are, so that its weight depends neither on the patch nor on the number of segmentors.
+- ``messages`` alone (Table 5, "+ Message") is the sum of 1x1 convolutions of the messages; the paper's one-layer
+  fusion with a sigmoid is not described further.
+- Segmentors' losses are summed: each has parameters of its own, which nnU-Net's learning rate then suits.
+- Labels that are no regions (softmax): a segmentor decides between its own labels and "another one". Averaged label by
+  label; what is left is background.
+- An absent modality's segmentor neither sends nor predicts. A region all of whose segmentors are absent is predicted by
+  all that are there; in training too, so it is learnt wherever training cases lack modalities (``CIMLModalityDropout``)
+  and is a guess elsewhere.
+- Segmentors run one after the other; see ``benchmarks/ciml_cost.py`` for the alternatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_multimodal.backbones.base import (
+    Backbone,
+    BackboneOutput,
+    SubtaskLogits,
+    UNetTopology,
+    full_precision,
+)
+from nnunet_multimodal.decomposition import check_subtasks, decompose
+
+MIN_DEVIATION = 1e-4
+MAPS_PER_MESSAGE = 6  # message, weighted message, mean, deviation, divergence, complementary information
+
+
+class InformationGate(nn.Module):
+    """The cross-modality information gate of one stage of one segmentor (Fig. 12).
+
+    Args:
+        topology: says convolution, normalisation and nonlinearity.
+        num_messages: K, from the other segmentors.
+        features: F.
+        attention: a map weights each message.
+        variational: complementary information is drawn from a Gaussian in training, and has a Kullback-Leibler term.
+    """
+
+    def __init__(
+        self, topology: UNetTopology, num_messages: int, features: int, attention: bool, variational: bool
+    ) -> None:
+        super().__init__()
+        self.num_messages = num_messages
+        hidden, channels = 4 * (num_messages + 1), num_messages * features
+        self.attention = None
+        if attention:
+            self.attention = nn.Sequential(
+                topology.conv_op(num_messages + 1, hidden, 3, padding=1),
+                topology.build_norm(hidden),
+                topology.build_nonlin(),
+                topology.conv_op(hidden, num_messages, 1),
+                topology.build_norm(num_messages),
+                nn.Sigmoid(),
+            )
+        # a 1x1 convolution for each message
+        self.mean = topology.conv_op(channels, channels, 1, groups=num_messages)
+        self.deviation = topology.conv_op(channels, channels, 1, groups=num_messages) if variational else None
+
+    def forward(self, own: Tensor, messages: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Complementary information of each message, and its Kullback-Leibler divergence in training.
+
+        Args:
+            own: the segmentor's embedding (B, F, *D).
+            messages: the others' (B, K, F, *D).
+            present: which of them are sent (B, K), bool.
+
+        Returns:
+            kappa (B, K, F, *D), zero where nothing is sent: a sample in training, its mean in evaluation; and
+            KL(N(mu, sigma^2) || N(0, 1)), its mean over elements for each message (B, K), float32, or None.
+        """
+        sent = present.view(*present.shape, *(1,) * own.ndim)[..., 0]  # (B, K, 1, *1)
+        if self.attention is not None:
+            pooled = torch.cat((messages.mean(2) * sent[:, :, 0], own.mean(1, keepdim=True)), 1)  # (B, K + 1, *D)
+            messages = messages * self.attention(pooled)[:, :, None]
+        messages = messages.flatten(1, 2)
+        mean = self.mean(messages).unflatten(1, (self.num_messages, -1))
+        if self.deviation is None or not self.training:
+            return mean * sent, None
+        deviation = self.deviation(messages).unflatten(1, (self.num_messages, -1))
+        return sample(mean, deviation) * sent, divergence_from_standard(mean, deviation)
+
+
+def sample(mean: Tensor, deviation: Tensor) -> Tensor:
+    """Complementary information drawn from N(mean, softplus(deviation)^2), by reparameterisation (Eq. 9)."""
+    return mean + (F.softplus(deviation) + MIN_DEVIATION) * torch.randn_like(mean)
+
+
+def divergence_from_standard(mean: Tensor, deviation: Tensor) -> Tensor:
+    """KL(N(mean, softplus(deviation)^2) || N(0, 1)), Eq. 10: its mean over elements (B, K, ...) -> (B, K), float32."""
+    with full_precision(mean.device):
+        deviation = F.softplus(deviation.float()) + MIN_DEVIATION
+        divergence = 0.5 * (mean.float().square() + deviation.square() - 1) - deviation.log()
+        return divergence.flatten(2).mean(2)
+
+
+class Segmentor(nn.Module):
+    """Encoder, gates and decoder of one sub-task.
+
+    Args:
+        topology: the plan's.
+        input_channels: of its primary modalities and the cascade.
+        num_classes: C.
+        num_messages: K; 0 without message passing.
+        attention: see :class:`InformationGate`.
+        variational: see :class:`InformationGate`.
+    """
+
+    def __init__(
+        self,
+        topology: UNetTopology,
+        input_channels: int,
+        num_classes: int,
+        num_messages: int,
+        attention: bool,
+        variational: bool,
+    ) -> None:
+        super().__init__()
+        features = topology.features_per_stage
+        self.encoder: Any = topology.build_encoder(input_channels)
+        count = len(features) if num_messages else 0
+        self.gates = nn.ModuleList(
+            InformationGate(topology, num_messages, f, attention, variational) for f in features[:count]
+        )
+        self.reductions = nn.ModuleList(topology.conv_op(2 * f, f, 1) for f in features[:count])
+        self.decoder = topology.build_decoder()
+        self.seg_layers = topology.build_segmentation_layers(num_classes)
+
+    def forward(
+        self, embeddings: Sequence[Tensor], messages: Sequence[Tensor], present: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Features of every stage, logits of every stage, Kullback-Leibler terms of every stage.
+
+        Args:
+            embeddings: its encoder's, finest first, each (B, F_s, *D_s).
+            messages: the others', finest first, each (B, K, F_s, *D_s); none without message passing.
+            present: which of them are sent (B, K).
+        """
+        skips, divergences = list(embeddings), []
+        for stage, (gate, reduce) in enumerate(zip(self.gates, self.reductions, strict=True)):
+            complement, divergence = gate(skips[stage], messages[stage], present)
+            skips[stage] = reduce(torch.cat((skips[stage], complement.sum(1)), 1))
+            if divergence is not None:
+                divergences.append(divergence)
+        features = self.decoder(skips)
+        logits = [layer(f) for layer, f in zip(self.seg_layers, features, strict=True)]
+        return [*features, skips[-1]], logits, divergences
+
+
+class CIMLBackbone(Backbone):
+    """A segmentor for each sub-task, which reads the others' encoders through a gate at every stage.
+
+    Options:
+        segmentors: ``{"modalities": [0], "channels": [0, 1]}`` for each: the primary modalities, and the output
+            channels (regions; with plain labels their numbers, without background) that it predicts. One for each
+            modality that predicts everything, if not given. Resolved from dataset.json by the trainer.
+        has_regions: output channels are regions (sigmoid) and not labels (softmax); resolved by the trainer.
+        messages, attention, variational: the steps of Table 5.
+        kl_weight: beta of Eq. 8.
+    """
+
+    MIN_MODALITIES = 2
+    PREDICTS = True
+    owned: Tensor  # (S, C) bool
+
+    def __init__(
+        self,
+        topology: UNetTopology,
+        num_modalities: int,
+        channels_per_modality: int,
+        cascade_channels: int,
+        *,
+        num_classes: int,
+        segmentors: Sequence[dict[str, Sequence[int]]] | None = None,
+        has_regions: bool = False,
+        messages: bool = True,
+        attention: bool = True,
+        variational: bool = True,
+        kl_weight: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not 0 <= kl_weight < math.inf:
+            raise ValueError(
+                f"ciml: kl_weight={kl_weight!r} is not a number of at least 0; correct it in the plans file"
+            )
+        self.topology, self.num_modalities, self.num_classes = topology, num_modalities, num_classes
+        self.has_regions, self.kl_weight = has_regions, kl_weight
+        self.subtasks = check_subtasks(segmentors, num_modalities, num_classes, has_regions)
+        count = len(self.subtasks)
+        self.segmentors: Any = nn.ModuleList(
+            Segmentor(
+                topology,
+                len(subtask.modalities) * channels_per_modality + cascade_channels,
+                num_classes,
+                count - 1 if messages else 0,
+                attention,
+                variational,
+            )
+            for subtask in self.subtasks
+        )
+        owned = torch.zeros(count, num_classes, dtype=torch.bool)
+        for s, subtask in enumerate(self.subtasks):
+            owned[s, list(subtask.channels)] = True
+            owned[s, 0] |= not has_regions  # everyone tells its labels from everything else
+        self.register_buffer("owned", owned, persistent=False)
+
+    def forward(self, x: Tensor, cascade: Tensor, present: Tensor) -> BackboneOutput:
+        """See ``nnunet_multimodal.backbones.base``."""
+        here = torch.stack([present[:, list(t.modalities)].any(1) for t in self.subtasks], 1)  # (B, S)
+        embeddings = self.encode(x, cascade)
+        features, logits, divergences = [], [], []
+        for s, segmentor in enumerate(self.segmentors):
+            others = [o for o in range(len(self.subtasks)) if o != s]
+            messages = [torch.stack([embeddings[o][i] for o in others], 1) for i in range(len(segmentor.gates))]
+            own_features, own_logits, own_divergences = segmentor(embeddings[s], messages, here[:, others])
+            features.append(own_features)
+            logits.append(own_logits)
+            if own_divergences:
+                weight = (here[:, s, None] & here[:, others]).float()
+                divergence = torch.stack(own_divergences).mean(0)  # (B, K)
+                divergences.append((divergence * weight).sum() / weight.sum().clamp_min(1))
+        share = here / here.sum(1, keepdim=True)  # (B, S)
+        merged = [
+            torch.einsum("bs...,bs->b...", torch.stack(stage, 1), share.to(stage[0].dtype))
+            for stage in zip(*features, strict=True)
+        ]
+        auxiliary = {"kl": self.kl_weight * torch.stack(divergences).sum()} if divergences else {}
+        stacked = tuple(torch.stack(stage, 1) for stage in zip(*logits, strict=True))
+        subtasks = SubtaskLogits(stacked, self.active(here), self.has_regions)
+        return BackboneOutput(tuple(merged[:-1]), merged[-1], auxiliary, subtasks)
+
+    def encode(self, x: Tensor, cascade: Tensor) -> list[list[Tensor]]:
+        """Embeddings of every segmentor, finest first, each (B, F_s, *D_s)."""
+        return [
+            segmentor.encoder(torch.cat((x[:, list(subtask.modalities)].flatten(1, 2), cascade), 1))
+            for segmentor, subtask in zip(self.segmentors, self.subtasks, strict=True)
+        ]
+
+    def active(self, here: Tensor) -> Tensor:
+        """Which segmentor answers for which output channel, by those that are there (B, S): (B, S, C) bool."""
+        active = self.owned & here[:, :, None]
+        return active | (here[:, :, None] & ~active.any(1, keepdim=True))
+
+    def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
+        """Feature map elements of one sample, nnU-Net's measure of memory."""
+        sizes = [np.prod(size, dtype=np.int64) for size in self.topology.stage_sizes(patch_size)]
+        features = self.topology.features_per_stage
+        total = 0
+        for segmentor in self.segmentors:
+            total += segmentor.encoder.compute_conv_feature_map_size(patch_size)
+            total += segmentor.decoder.compute_conv_feature_map_size(patch_size)
+            total += sum(self.num_classes * size for size in sizes[1:-1])  # coarse logits; the head counts the finest
+            for gate, f, size in zip(segmentor.gates, features, sizes, strict=False):
+                total += (gate.num_messages * MAPS_PER_MESSAGE + 2) * f * size
+        return total
+
+    def encoder_modalities(self) -> dict[str, list[list[int]]]:
+        """Every encoder sees the primary modalities of its sub-task."""
+        return {f"segmentors.{s}.encoder": [list(t.modalities)] for s, t in enumerate(self.subtasks)}
+
+    def decoders(self) -> list[str]:
+        """One for each segmentor."""
+        return [f"segmentors.{s}.decoder" for s in range(len(self.segmentors))]
+
+    def unused_without_deep_supervision(self) -> Iterable[nn.Parameter]:
+        """The coarser segmentation layers."""
+        for segmentor in self.segmentors:
+            yield from segmentor.seg_layers[1:].parameters()
+
+    @classmethod
+    def dataset_options(
+        cls, dataset_json: dict[str, Any], label_manager: LabelManager, groups: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
+        """The decomposition that dataset.json states, and what kind of output there is."""
+        return decompose(dataset_json, label_manager, groups)

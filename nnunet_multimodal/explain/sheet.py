@@ -1,0 +1,152 @@
+"""One picture of a case: what was seen, what was predicted, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nnunet_multimodal.explain.leave_out import Contribution
+from nnunet_multimodal.metrics.distribution import Label
+
+COLUMNS = 6
+INCHES = 2.1
+COLOURS = "tab10"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What is shown of a case.
+
+    Attributes:
+        case: its name.
+        images: channels that there are, by name, each (*spatial).
+        prediction: label map (*spatial).
+        reference: label map, or None.
+        maps: title and array (*spatial), 0 to 1.
+        contributions: of each modality and label.
+        labels: values of the labels or regions.
+    """
+
+    case: str
+    images: Mapping[str, np.ndarray]
+    prediction: np.ndarray
+    reference: np.ndarray | None
+    maps: Sequence[tuple[str, np.ndarray]]
+    contributions: Sequence[Contribution]
+    labels: Sequence[Label]
+
+    def slice_shown(self) -> int:
+        """With the most foreground, of the prediction or else of the reference; the middle one without any."""
+        for labels in (self.prediction, self.reference):
+            if labels is not None and (labels > 0).any():
+                return int((labels > 0).reshape(len(labels), -1).sum(1).argmax())
+        return len(self.prediction) // 2
+
+
+def draw_sheet(sheet: Sheet, file: Path) -> None:
+    """Write the picture as PNG."""
+    index = sheet.slice_shown()
+    panels: list[tuple[str, np.ndarray, np.ndarray | None]] = [
+        (name, image[index], None) for name, image in sheet.images.items()
+    ]
+    background = next(iter(sheet.images.values()))[index]
+    named = [("reference", sheet.reference), ("prediction", sheet.prediction)]
+    label_maps = [(name, labels[index]) for name, labels in named if labels is not None]
+    panels += [(title, background, array[index]) for title, array in sheet.maps]
+    count = len(panels) + len(label_maps) + bool(sheet.contributions)
+    columns = min(COLUMNS, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(INCHES * columns, (INCHES + 0.25) * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
+    for axis in axes:
+        axis.set_axis_off()
+    figure.suptitle(f"{sheet.case}, slice {index}", fontsize=10)
+    images, maps = panels[: len(sheet.images)], panels[len(sheet.images) :]
+    for title, image, _ in images:
+        _show(axes.pop(0), title, image)
+    for title, labels in label_maps:
+        axis = axes.pop(0)
+        _show(axis, title, background)
+        _contours(axis, labels, sheet.labels)
+    for title, image, overlay in maps:
+        axis = axes.pop(0)
+        _show(axis, title, image)
+        assert overlay is not None
+        axis.imshow(overlay, cmap="viridis", vmin=0, vmax=1, alpha=0.6)
+        _contours(axis, sheet.prediction[index], sheet.labels, "white")
+    if sheet.contributions:
+        _bars(axes.pop(0), sheet.contributions)
+    _save(figure, file)
+
+
+def _show(axis: Any, title: str, image: np.ndarray) -> None:
+    low, high = np.percentile(image, (1, 99))
+    axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+    axis.set_title(title, fontsize=7)
+
+
+def _contours(axis: Any, labels: np.ndarray, values: Sequence[Label], colour: str | None = None) -> None:
+    for number, value in enumerate(values):
+        mask = np.isin(labels, value)
+        if mask.any() and not mask.all():
+            axis.contour(mask, [0.5], colors=[colour or colormaps[COLOURS](number)], linewidths=0.8)
+
+
+def _bars(axis: Any, contributions: Sequence[Contribution]) -> None:
+    """What is lost without a modality: Dice against the reference, or agreement with the whole prediction."""
+    axis.set_axis_on()
+    labels = list(dict.fromkeys(c.label for c in contributions))
+    modalities = list(dict.fromkeys(c.modality for c in contributions))
+    against_reference = not np.isnan(contributions[0].dice)
+    height = 0.8 / len(labels)
+    for number, label in enumerate(labels):
+        own = [c for c in contributions if c.label == label]
+        values = [c.dice - c.dice_without if against_reference else c.changed for c in own]
+        places = np.arange(len(modalities)) + number * height
+        axis.barh(places, values, height, color=colormaps[COLOURS](number), label=label)
+    axis.set_yticks(np.arange(len(modalities)) + 0.4 - height / 2, modalities, fontsize=6)
+    axis.tick_params(axis="x", labelsize=6)
+    axis.invert_yaxis()
+    axis.legend(fontsize=5)
+    axis.set_title("Dice lost without" if against_reference else "changed without (1 - Dice)", fontsize=7)
+
+
+def draw_weights(weights: Sequence[tuple[str, str, str, float]], file: Path) -> None:
+    """Complementary information weights as a heat map (Shen et al., 2024, Fig. 18).
+
+    Args:
+        weights: primary modalities, region, auxiliary modalities, weight.
+        file: a PNG.
+    """
+    rows = list(dict.fromkeys((primary, region) for primary, region, _, _ in weights))
+    columns = list(dict.fromkeys([primary for primary, _ in rows] + [auxiliary for _, _, auxiliary, _ in weights]))
+    table = np.full((len(rows), len(columns)), np.nan)
+    for primary, region, auxiliary, weight in weights:
+        table[rows.index((primary, region)), columns.index(auxiliary)] = weight
+    figure = Figure(figsize=(1.5 + 0.9 * len(columns), 1.2 + 0.45 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    image = axis.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.argwhere(~np.isnan(table)):
+        value = table[row, column]
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), [f"{primary}: {region}" for primary, region in rows])
+    axis.set_xlabel("heard from")
+    axis.set_title("Complementary information weights", fontsize=10)
+    figure.colorbar(image)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    beside = file.with_name(f".{file.name}")
+    figure.savefig(beside, dpi=130, format="png")
+    beside.replace(file)

@@ -1,0 +1,225 @@
+import pytest
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import distributions
+from torch.nn import functional as F
+
+from nnunet_multimodal.backbones.base import SubtaskLogits
+from nnunet_multimodal.losses import SubtaskLoss
+from tests.contracts import NetworkContract, with_absent
+
+SPLIT = [{"modalities": [0], "channels": [0]}, {"modalities": [1, 2], "channels": [1]}]
+
+
+class TestCIML(NetworkContract):
+    backbone = "ciml"
+    options = (
+        {"has_regions": True},
+        {},
+        {"has_regions": True, "segmentors": SPLIT, "attention": False},
+        {"variational": False},
+        {"messages": False},
+    )
+
+
+BUILD, DATA = TestCIML().build, TestCIML().data
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the gate (Fig. 12, Table 1)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_the_gate_follows_the_paper_message_by_message(attention):
+    gate = BUILD({"attention": attention}).eval().backbone.segmentors[0].gates[1]
+    own, messages = draw(2, 6, 4, 5, 3), draw(2, 2, 6, 4, 5, 3, seed=1)
+    present = torch.tensor([[True, True], [False, True]])
+    kappa, divergence = gate(own, messages, present)
+    assert divergence is None
+    for b in range(2):
+        maps = [m.mean(0) * here for m, here in zip(messages[b], present[b], strict=True)]
+        pooled = torch.stack([*maps, own[b].mean(0)])
+        weights = gate.attention(pooled[None])[0] if attention else torch.ones(2, 4, 5, 3)
+        for k in range(2):
+            one = slice(6 * k, 6 * k + 6)
+            weighted = (messages[b, k] * weights[k])[None]
+            expected = F.conv3d(weighted, gate.mean.weight[one], gate.mean.bias[one])[0] * present[b, k]
+            torch.testing.assert_close(kappa[b, k], expected)
+
+
+def test_the_divergence_is_that_of_the_drawn_gaussian_from_the_standard_one():
+    gate = BUILD().train().backbone.segmentors[0].gates[0]
+    own, messages, present = draw(1, 4, 4, 5, 3), draw(1, 2, 4, 4, 5, 3, seed=1), torch.ones(1, 2, dtype=torch.bool)
+    mean = gate.eval()(own, messages, present)[0]
+    gate.train()
+    torch.manual_seed(0)
+    drawn = torch.stack([gate(own, messages, present)[0] for _ in range(4000)])
+    divergence = gate(own, messages, present)[1]
+    torch.testing.assert_close(drawn.mean(0), mean, atol=0.1, rtol=0)
+    gaussian = distributions.Normal(mean, drawn.std(0))
+    expected = distributions.kl_divergence(gaussian, distributions.Normal(0.0, 1.0)).flatten(2).mean(2)
+    torch.testing.assert_close(divergence, expected, rtol=0.05, atol=0)
+
+
+def test_the_loss_counts_gates_between_present_segmentors_alone():
+    network = BUILD({"kl_weight": 2.0})
+    gates = [gate for segmentor in network.backbone.segmentors for gate in segmentor.gates]
+    seen = []
+    for gate in gates:
+        gate.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+    found = network(with_absent(DATA(), [(0, 1)])).auxiliary_losses["kl"]
+    stages, total = len(gates) // 3, 0
+    for s in range(3):
+        divergence = torch.stack(seen[s * stages : (s + 1) * stages]).mean(0)  # (B, K)
+        others = [o for o in range(3) if o != s]
+        pairs = [(b, k) for b in range(2) for k, o in enumerate(others) if b == 1 or 1 not in (s, o)]
+        total += torch.stack([divergence[pair] for pair in pairs]).mean()
+    torch.testing.assert_close(found, 2 * total)
+
+
+def test_standard_deviations_are_not_computed_at_prediction():
+    network = BUILD()
+    calls = []
+    for segmentor in network.backbone.segmentors:
+        for gate in segmentor.gates:
+            gate.deviation.register_forward_hook(lambda *_: calls.append(1))
+    network.eval()(DATA())
+    assert not calls
+    network.train()(DATA())
+    assert len(calls) == 3 * 3
+
+
+def test_without_messages_a_segmentor_sees_its_own_modality_alone():
+    x, other = DATA(), DATA()
+    other[:, 1] += draw(*other[:, 1].shape, seed=5)
+    for messages in (True, False):
+        network = BUILD({"messages": messages}).eval()
+        first, second = (network(image).subtasks.logits[0][:, 0] for image in (x, other))
+        assert torch.equal(first, second) == (not messages)
+
+
+def test_the_decoders_width_is_the_plans():
+    plain = sum(p.numel() for p in BUILD({"messages": False}).backbone.segmentors[0].decoder.parameters())
+    assert sum(p.numel() for p in BUILD().backbone.segmentors[0].decoder.parameters()) == plain
+
+
+# --- the output
+
+
+def test_regions_are_averaged_over_who_answers_for_them():
+    logits = draw(2, 3, 2, 4, 4, 4)
+    active = torch.tensor([[[1, 0], [1, 1], [0, 1]], [[0, 0], [1, 1], [0, 0]]], dtype=torch.bool)
+    found = SubtaskLogits((logits,), active, True).average().sigmoid()
+    for b in range(2):
+        for c in range(2):
+            torch.testing.assert_close(found[b, c], logits[b, active[b, :, c], c].sigmoid().mean(0))
+
+
+def test_labels_are_averaged_and_the_rest_is_background():
+    logits = draw(1, 2, 3, 4, 4, 4)
+    everyone = torch.ones(1, 2, 3, dtype=torch.bool)
+    found = SubtaskLogits((logits,), everyone, False).average().softmax(1)
+    torch.testing.assert_close(found, logits.softmax(2).mean(1))
+    split = torch.tensor([[[1, 1, 0], [1, 0, 1]]], dtype=torch.bool)
+    logits = logits - 6 * torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1, 1)  # so that both together are less than one
+    found = SubtaskLogits((logits,), split, False).average().softmax(1)
+    first, second = logits[:, 0, [0, 1]].softmax(1)[:, 1], logits[:, 1, [0, 2]].softmax(1)[:, 1]
+    assert (first + second < 1).all()
+    torch.testing.assert_close(found, torch.stack((1 - first - second, first, second), 1))
+
+
+def test_certain_probabilities_stay_finite():
+    logits = torch.full((1, 2, 3, 1, 1), 80.0) * torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
+    for has_regions in (True, False):
+        average = SubtaskLogits((logits,), torch.ones(1, 2, 3, dtype=torch.bool), has_regions).average()
+        assert average.isfinite().all()
+
+
+def test_a_region_without_its_segmentor_falls_to_those_that_are_there():
+    network = BUILD({"has_regions": True, "segmentors": SPLIT}).eval()
+    output = network(with_absent(DATA(), [(0, 0), (1, 1), (1, 2)]))
+    assert output.subtasks.active.tolist() == [[[False, False], [True, True]], [[True, True], [False, False]]]
+    torch.testing.assert_close(output[0][0], output.subtasks.logits[0][0, 1])
+    torch.testing.assert_close(output[0][1], output.subtasks.logits[0][1, 0])
+    one_of_two = network(with_absent(DATA(), [(0, 1)]))  # of a segmentor's primary modalities: it still answers
+    assert one_of_two.subtasks.active[0].tolist() == [[True, False], [False, True]]
+
+
+# --- the loss
+
+
+DICE = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+
+
+def test_each_segmentor_learns_its_own_labels_and_takes_others_for_background():
+    labels = LabelManager({"background": 0, "a": 1, "b": 2, "ignore": 3}, None)
+    nnunet = DC_and_CE_loss(DICE, {}, ignore_label=3, dice_class=MemoryEfficientSoftDiceLoss)
+    logits = draw(2, 2, 3, 4, 4, 4).requires_grad_()
+    active = torch.tensor([[[1, 1, 0], [1, 0, 1]], [[0, 0, 0], [1, 1, 1]]], dtype=torch.bool)
+    target = torch.randint(0, 4, (2, 1, 4, 4, 4), generator=torch.Generator().manual_seed(0)).float()
+    found = SubtaskLoss(nnunet, labels)(logits, active, target)
+    only_a = torch.tensor([0.0, 1, 0, 3])[target[:1].long()]
+    only_b = torch.tensor([0.0, 0, 1, 3])[target[:1].long()]
+    expected = (
+        nnunet(logits[:1, 0, [0, 1]], only_a)
+        + nnunet(logits[:1, 1, [0, 2]], only_b)
+        + nnunet(logits[1:, 1], target[1:])
+    ) / 2
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    for index, answers in ((0, 0, 2), False), ((0, 1, 1), False), ((1, 0, 1), False), ((1, 1, 2), True):
+        assert logits.grad[index].any() == answers
+
+
+def test_each_segmentor_learns_its_own_regions():
+    labels = LabelManager({"background": 0, "all": [1, 2], "core": 2, "ignore": 3}, [1, 2])
+    nnunet = DC_and_BCE_loss({}, {**DICE, "do_bg": True}, use_ignore_label=True, dice_class=MemoryEfficientSoftDiceLoss)
+    logits = draw(2, 2, 2, 4, 4, 4)
+    active = torch.tensor([[1, 0], [1, 1]], dtype=torch.bool).expand(2, 2, 2)
+    target = torch.randint(0, 2, (2, 3, 4, 4, 4), generator=torch.Generator().manual_seed(0)).float()
+    expected = nnunet(logits[:, 0, :1], target[:, [0, 2]]) + nnunet(logits[:, 1], target)
+    torch.testing.assert_close(SubtaskLoss(nnunet, labels)(logits, active, target), expected)
+
+
+def test_dice_is_not_gathered_over_processes_whose_segmentors_differ():
+    nnunet = DC_and_CE_loss({**DICE, "ddp": True}, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    assert not SubtaskLoss(nnunet, LabelManager({"background": 0, "a": 1}, None)).segmentation_loss.dc.ddp
+    assert nnunet.dc.ddp
+
+
+def test_nobody_there_for_a_batch_gives_no_loss_but_gradients():
+    labels = LabelManager({"background": 0, "a": 1}, None)
+    logits = draw(1, 2, 2, 4, 4).requires_grad_()
+    nnunet = DC_and_CE_loss(DICE, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    active = torch.tensor([[[1, 1], [0, 0]]], dtype=torch.bool)
+    SubtaskLoss(nnunet, labels)(logits, active, torch.ones(1, 1, 4, 4)).backward()
+    assert logits.grad[0, 0].any()
+    assert not logits.grad[0, 1].any()
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("segmentors", "message"),
+    [
+        ([{"modalities": [0], "channels": [0, 1]}], "at least two"),
+        ([*SPLIT, {"modalities": [3], "channels": [0]}], r"modalities are \[0, 1, 2, 3\]"),
+        ([SPLIT[0], {"modalities": [1, 2], "channels": [0]}], r"channels are \[0, 0\]"),
+        ([SPLIT[0], {"modalities": [1, 2], "channels": [1, 1]}], "each once"),
+        ([SPLIT[0], {"modalities": [1, 2]}], "must have 'modalities' and 'channels'"),
+    ],
+)
+def test_segmentors_that_do_not_fit_are_refused(segmentors, message):
+    with pytest.raises(ValueError, match=message):
+        BUILD({"segmentors": segmentors, "has_regions": True})
+
+
+def test_a_weight_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="kl_weight=-1"):
+        BUILD({"kl_weight": -1})
