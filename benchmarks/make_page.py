@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _ciml_sections as ciml
 import _common as common
 import _missing_sections as missing
 import _ssn_sections as ssn
@@ -157,7 +158,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "handwritten": ("CRNP on vectors: Handwritten", handwritten),
     **{
         name: (heading, partial(write, table=table))
-        for name, (heading, write) in {**missing.SECTIONS, **ssn.SECTIONS}.items()
+        for name, (heading, write) in {**missing.SECTIONS, **ssn.SECTIONS, **ciml.SECTIONS}.items()
     },
 }
 

@@ -243,6 +243,22 @@ def read_manifest(file: Path, channels: Sequence[str]) -> dict[str, list[bool]]:
     return manifest
 
 
+def manifest_of(dataset_name: str) -> tuple[Path, dict[str, list[bool]]]:
+    """The manifest of a dataset's raw training images, and what it says; nothing where there is none."""
+    file = Path(nnUNet_raw or "") / dataset_name / "imagesTr" / MANIFEST
+    if not nnUNet_raw or not file.is_file():
+        return file, {}
+    with file.open(newline="") as lines:
+        columns = next(csv.reader(lines), [])
+    return file, read_manifest(file, columns[1:])
+
+
+def cases_without(dataset_name: str, groups: Sequence[Sequence[int]]) -> set[str]:
+    """Training cases that have none of some modalities, each of which is whole or not there (channels of each)."""
+    _, present = manifest_of(dataset_name)
+    return {case for case, has in present.items() if not any(all(has[c] for c in group) for group in groups)}
+
+
 def check_incomplete(dataset_name: str, fingerprint: dict, preprocessor: str) -> None:
     """Refuse plans that take placeholders for images.
 
@@ -254,11 +270,8 @@ def check_incomplete(dataset_name: str, fingerprint: dict, preprocessor: str) ->
     Raises:
         UserError: there are placeholders, and fingerprint or preprocessor do not know them.
     """
-    file = Path(nnUNet_raw or "") / dataset_name / "imagesTr" / MANIFEST
-    if not nnUNet_raw or not file.is_file():
-        return
-    with file.open(newline="") as lines:
-        incomplete = [row[0] for row in list(csv.reader(lines))[1:] if "0" in row[1:]]
+    file, present = manifest_of(dataset_name)
+    incomplete = [case for case, has in present.items() if not all(has)]
     if not incomplete:
         return
     remedy = (

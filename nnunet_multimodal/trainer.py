@@ -16,12 +16,13 @@ from torch import nn
 
 from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.doctor import hook_file
+from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.modalities import ModalityDropout
 from nnunet_multimodal.network import MultimodalUNet, build, unwrap
 from nnunet_multimodal.planning import OPTIONS_KEY, network_kwargs, resolve_options
-from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, check_incomplete
+from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, cases_without, check_incomplete
 from nnunet_multimodal.transforms import keep_foreground
 
 
@@ -90,6 +91,23 @@ class MultimodalTrainer(nnUNetTrainer):
             allow_init=True,
             deep_supervision=enable_deep_supervision,
         )
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's, without cases that have nothing of what the network looks at (``dedicated``, ``modalities``)."""
+        network = unwrap(self.network)
+        looked_at = [group for m, group in enumerate(network.groups) if m not in network.unused]
+        empty = cases_without(self.plans_manager.dataset_name, looked_at)
+        kept = []
+        for keys in super().do_split():
+            kept.append([key for key in keys if key not in empty])
+            if keys and not kept[-1]:
+                raise UserError(
+                    f"no case of fold {self.fold} has a modality that the network looks at (image channels "
+                    f"{looked_at}); correct 'dedicated' or 'modalities' in the plans file"
+                )
+        if empty:
+            self.print_to_log_file(f"Left out, for want of image channels {looked_at}: {', '.join(sorted(empty))}")
+        return kept[0], kept[1]
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, GroupPolyLRScheduler]:
         """nnU-Net's SGD and schedule, with the parameter groups that the backbone asks for."""

@@ -429,3 +429,35 @@ def test_a_dedicated_model_never_looks_at_the_rest(datasets, tmp_path):
     model = ["-d", "900", "-tr", short, "-p", "dedicatedPlans", "-c", "3d_fullres", "-f", "0", "-device", "cpu"]
     with nnunet.environment(), pytest.raises(UserError, match="case_0 has none of what the model looks at: T1, PET"):
         cli.main(["predict", "-i", str(images), "-o", str(tmp_path / "out"), *model])
+
+
+@pytest.mark.parametrize(("dedicated", "left_out"), [([0], {1, 4}), ([0, 2], {1}), ([1], {0})])
+def test_training_leaves_out_cases_with_nothing_to_look_at(incomplete, dedicated, left_out):
+    plans = incomplete.plans()
+    plans["configurations"]["3d_fullres"]["nnunet_multimodal"] = {"dedicated": dedicated}
+    plans["plans_name"] = "someDedicatedPlans"
+    incomplete.write_plans(plans)
+    trainer = incomplete.trainer("EarlyFusionTrainer", "3d_fullres", "someDedicatedPlans", fold="all")
+    with incomplete.environment():
+        trainer.initialize()
+        training, validation = trainer.do_split()
+    assert sorted(training) == sorted(validation) == [f"case_{c}" for c in range(5) if c not in left_out]
+
+
+def test_a_fold_of_nothing_to_look_at_is_refused(incomplete):
+    plans = incomplete.plans()
+    plans["configurations"]["3d_fullres"]["nnunet_multimodal"] = {"dedicated": [0]}
+    plans["plans_name"] = "otherDedicatedPlans"
+    incomplete.write_plans(plans)
+    folds = [{"train": ["case_0", "case_2"], "val": ["case_1", "case_4"]}]
+    splits = incomplete.preprocessed / DATASET / "splits_final.json"
+    before = splits.read_text() if splits.exists() else None
+    splits.write_text(json.dumps(folds))
+    try:
+        trainer = incomplete.trainer("EarlyFusionTrainer", "3d_fullres", "otherDedicatedPlans", fold=0)
+        with incomplete.environment():
+            trainer.initialize()
+            with pytest.raises(UserError, match=r"no case of fold 0 .*image channels \[\(0,\)\]"):
+                trainer.do_split()
+    finally:
+        splits.unlink() if before is None else splits.write_text(before)

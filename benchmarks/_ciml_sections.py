@@ -1,0 +1,78 @@
+"""Sections of the page on CIML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Result = dict[str, Any]
+Table = Callable[..., str]
+
+
+def shape_composition(result: Result, table: Table) -> str:
+    """What the issue asks for, with and without the Kullback-Leibler term."""
+    needed = result["needed"]
+    rows = [
+        (
+            name,
+            f"{r['dice']:.4f}",
+            f"{100 * r['energy_ellipse_alone']:.0f} %",
+            f"{100 * r['energy_overlap']:.0f} %",
+            f"{100 * r['energy_triangle_alone']:.0f} %",
+            f"{r['nats_per_pixel']:.3f}",
+        )
+        for name, r in result["results"].items()
+    ]
+    area = 100 * next(iter(result["results"].values()))["area_ellipse_alone"]
+    text = [
+        "A triangle (primary) and an ellipse (auxiliary); the task is their union. Where the energy of the",
+        "complementary information is (squared deviation from its background level, mean over held-out pairs): in the",
+        f"ellipse outside the triangle ({area:.0f} % of the image), in both, in the triangle alone; the rest lies",
+        "outside.",
+        f"Asked for: Dice {needed['dice']}, {100 * needed['share']:.0f} % in the ellipse alone,",
+        f"{needed['minutes']} minutes; the run took {result['minutes']}.",
+        "",
+        table(("", "Dice", "ellipse alone", "overlap", "triangle alone", "nats per pixel"), rows),
+    ]
+    return "\n".join(text)
+
+
+def ciml_cost(result: Result, table: Table) -> str:
+    """Multiples of nnU-Net, the estimate's error, and the two ways to run encoders."""
+    rows, ways = [], []
+    for plan, figures in result["results"].items():
+        encoders = figures["encoders"]["grouped_times_loop"]
+        ways.append((plan, f"{encoders['median']:.2f} ({encoders['low']:.2f} to {encoders['high']:.2f})"))
+        rows += [
+            (
+                f"{plan}: {name}",
+                f"{f['estimate_times']:.2f}",
+                f"{f['saved_times']:.2f}",
+                f"{f['peak_times']:.2f}",
+                f"{100 * f['estimate_error_saved']:+.0f} %",
+                f"{f['step_times']['median']:.2f}",
+                f"{f['prediction_times']['median']:.2f}",
+            )
+            for name, f in figures.items()
+            if name != "encoders" and f["estimate_times"] != 1
+        ]
+    text = [
+        "As multiples of nnU-Net's network on the same plan: the estimate that planning goes by, the memory that is",
+        "kept for the backward pass, the peak of a step, the estimate's error against what is kept, and the time of a",
+        f"step and of a prediction. Asked for: an error of at most {100 * result['bound']:.0f} %.",
+        "",
+        table(("", "estimate", "kept", "peak", "error", "step", "prediction"), rows),
+        "",
+        "All encoders at once, by grouped convolutions, as a multiple of the time of one after the other, which is how",
+        "they run:",
+        "",
+        table(("", "grouped / loop"), ways),
+    ]
+    return "\n".join(text)
+
+
+# benchmark -> its heading and what writes its section
+SECTIONS: dict[str, tuple[str, Callable[[Result, Table], str]]] = {
+    "shape_composition": ("ShapeComposition: what is complementary", shape_composition),
+    "ciml_cost": ("What CIML costs", ciml_cost),
+}
