@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.modalities import check_groups
 from nnunet_multimodal.preprocessing import channel_names
 
 KEY = "decomposition"
@@ -46,6 +48,8 @@ def check_subtasks(
     for entry in segmentors:
         if set(entry) != {"modalities", "channels"}:
             raise ValueError(f"{_plans(segmentors)}: each must have 'modalities' and 'channels', got {entry}")
+        if not entry["modalities"] or not entry["channels"]:
+            raise ValueError(f"{_plans(segmentors)}: {entry} needs modalities to look at and channels to predict")
         subtasks.append(Subtask(tuple(map(int, entry["modalities"])), tuple(map(int, entry["channels"]))))
     if len(subtasks) < 2:
         raise ValueError(f"{_plans(segmentors)}: messages need at least two segmentors")
@@ -83,6 +87,7 @@ def decompose(dataset_json: dict[str, Any], label_manager: LabelManager, groups:
     if not isinstance(stated, dict) or not all(isinstance(names, list) for names in stated.values()):
         raise UserError(f"{KEY!r} {WHERE} must map channel names to lists of labels, such as {{'PET': ['tumour']}}")
     modalities, outputs = channel_names(dataset_json), output_names(dataset_json, label_manager)
+    groups = check_groups(groups, len(modalities))
     segmentors = []
     for key, names in stated.items():
         chosen = [key] if key in modalities else [name.strip() for name in key.split("+")]
@@ -90,7 +95,8 @@ def decompose(dataset_json: dict[str, Any], label_manager: LabelManager, groups:
         primary = [m for m, group in enumerate(groups) if set(group) <= channels]
         if {channel for m in primary for channel in groups[m]} != channels:
             raise UserError(
-                f"{KEY!r} {WHERE}: {key} is a part of a modality; 'modalities' in the plans file are {list(groups)}"
+                f"{KEY!r} {WHERE}: {key} is a part of a modality; 'modalities' in the plans file are "
+                f"{[list(group) for group in groups]}"
             )
         if not names:
             raise UserError(f"{KEY!r} {WHERE}: {key} predicts nothing; give it some of {', '.join(outputs)}")
@@ -106,14 +112,15 @@ def decompose(dataset_json: dict[str, Any], label_manager: LabelManager, groups:
             raise UserError(f"{KEY!r} {WHERE}: no segmentor has the {what} {', '.join(missing)}; give it one")
     if len(segmentors) < 2:
         raise UserError(f"{KEY!r} {WHERE} has one segmentor, and there is nobody to exchange messages with; split it")
-    return {**options, "segmentors": segmentors}
+    # the order of the keys means nothing, and weights must not depend on it
+    return {**options, "segmentors": sorted(segmentors, key=lambda segmentor: segmentor["modalities"])}
 
 
 def output_names(dataset_json: dict[str, Any], label_manager: LabelManager) -> dict[str, int]:
     """Labels or regions by name, with their output channel; without background and the ignore label."""
     names = {name: value for name, value in dataset_json["labels"].items() if name != "ignore"}
     if not label_manager.has_regions:
-        return {name: int(value) for name, value in names.items() if value != 0}
+        return {n: int(np.ravel(v)[0]) for n, v in names.items() if int(np.ravel(v)[0]) != 0}
     # nnU-Net keeps the order of dataset.json and leaves out what is background alone
     regions = [n for n, v in names.items() if (v if isinstance(v, int) else tuple(v)) not in (0, (0,))]
     return {name: channel for channel, name in enumerate(regions)}

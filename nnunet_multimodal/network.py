@@ -108,6 +108,7 @@ class MultimodalUNet(nn.Module):
         )
         if self.backbone.PREDICTS:
             self.head.drop_segmentation_layers()
+            self.backbone.features_are_read = self.head.STOCHASTIC
         self.deep_supervision = deep_supervision
         if not deep_supervision:  # DistributedDataParallel stops on a parameter that gets no gradient
             for part in (self.backbone, self.head):
@@ -124,7 +125,7 @@ class MultimodalUNet(nn.Module):
         x, foreground = self.split_foreground(x)
         output = self.backbone(*self.split(x))
         subtasks = output.subtasks
-        logits = None if subtasks is None else subtasks.average()
+        logits = None if subtasks is None else self.average(subtasks, 0)
         if not (self.training or self.deep_supervision):
             return self.head.mean_logits(output.features, output.bottleneck, logits)
         distribution = self.head(output.features, output.bottleneck, foreground, logits)
@@ -132,8 +133,14 @@ class MultimodalUNet(nn.Module):
         if self.deep_supervision and subtasks is None:
             coarse = self.head.coarse_logits(output.features)
         elif self.deep_supervision:
-            coarse = tuple(subtasks.average(level) for level in range(1, len(subtasks.logits)))
+            coarse = tuple(self.average(subtasks, level) for level in range(1, len(subtasks.logits)))
         return NetworkOutput(distribution, coarse, output.auxiliary_losses, subtasks)
+
+    def average(self, subtasks: SubtaskLogits, level: int) -> Tensor:
+        """Their average; without a gradient, and what is kept for one, where segmentors are trained by themselves."""
+        trained = (level == 0 and self.head.STOCHASTIC) or not self.training
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return subtasks.average(level)
 
     def distribution(self, x: Tensor) -> LogitDistribution:
         """The head's whole distribution at full resolution, for images and cascade channels as in ``forward``."""

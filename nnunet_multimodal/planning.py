@@ -11,8 +11,10 @@ may see) and ``modality_dropout`` (options of :class:`~nnunet_multimodal.modalit
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -80,23 +82,45 @@ def resolve_options(
     Raises:
         UserError: dataset.json contradicts itself, or what one of our planners took from it.
     """
-    configuration = configuration_manager.configuration
-    options = configuration.get(OPTIONS_KEY, {})
-    channels = range(len(configuration_manager.normalization_schemes))
-    groups = options.get("modalities") or [[channel] for channel in channels]
-    resolved = BACKBONES[backbone].dataset_options(dataset_json, label_manager, groups)
+    options = configuration_manager.configuration.get(OPTIONS_KEY, {})
+    single = [[channel] for channel in range(len(configuration_manager.normalization_schemes))]
+    groups = options.get("modalities") or single
+    stated = options.get(backbone, {})
+    resolved = BACKBONES[backbone].dataset_options(dataset_json, label_manager, groups, stated)
     if not resolved:
         return {}
-    stated = options.get(backbone, {})
     architecture = configuration_manager.network_arch_init_kwargs
     planned = architecture.get("backbone_kwargs", {}) if architecture.get("backbone") == backbone else {}
-    for name in resolved:
-        if planned and name not in stated and planned.get(name) != resolved[name]:
+    # with other groups of channels the planner's numbers, which are of single ones, mean something else
+    for name in sorted({*planned, *resolved} - set(stated)) if planned and groups == single else ():
+        if planned.get(name) != resolved.get(name):
             raise UserError(
                 f"{name} of {backbone!r} was planned as {planned.get(name)} and follows from dataset.json as "
-                f"{resolved[name]}; run nnUNetv2_plan_experiment again"
+                f"{resolved.get(name)}; run nnUNetv2_plan_experiment again"
             )
-    return {backbone: {**resolved, **stated}}
+    return {backbone: {**dict.fromkeys(planned), **resolved, **stated}}
+
+
+def check_same_options(model_plans: Path, configuration: str, backbone: str, resolved: dict[str, Any]) -> None:
+    """Refuse to go on with a model whose weights were trained with other options from the data set.
+
+    Args:
+        model_plans: plans.json of the model, which need not be there.
+        configuration: name of the configuration.
+        backbone: name of the backbone.
+        resolved: its options now.
+
+    Raises:
+        UserError: they differ.
+    """
+    if not model_plans.is_file():
+        return
+    trained = load_json(str(model_plans))["configurations"].get(configuration, {}).get(OPTIONS_KEY, {}).get(backbone)
+    if trained is not None and trained != resolved:
+        raise UserError(
+            f"{model_plans}: the model is trained with {backbone!r} {trained}, and dataset.json and plans now say "
+            f"{resolved}; restore them, or train under another plans name (-overwrite_plans_name)"
+        )
 
 
 class MultimodalPlannerMixin(ExperimentPlanner):
@@ -140,7 +164,9 @@ class MultimodalPlannerMixin(ExperimentPlanner):
         self.UNet_class = MultimodalUNet
         self.label_manager = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         single = [[channel] for channel in range(len(channels))]
-        self.backbone_kwargs = BACKBONES[self.backbone].dataset_options(self.dataset_json, self.label_manager, single)
+        self.backbone_kwargs = BACKBONES[self.backbone].dataset_options(
+            self.dataset_json, self.label_manager, single, {}
+        )
 
     # nnU-Net's is a static method that it calls on the instance
     def static_estimate_VRAM_usage(  # noqa: N802

@@ -21,7 +21,7 @@ from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.modalities import ModalityDropout
 from nnunet_multimodal.network import MultimodalUNet, build, unwrap
-from nnunet_multimodal.planning import OPTIONS_KEY, network_kwargs, resolve_options
+from nnunet_multimodal.planning import OPTIONS_KEY, check_same_options, network_kwargs, resolve_options
 from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, cases_without, check_incomplete
 from nnunet_multimodal.transforms import keep_foreground
 
@@ -61,6 +61,8 @@ class MultimodalTrainer(nnUNetTrainer):
         self.dropout = build(ModalityDropout, "modality dropout", dropout) if self.modality_dropout else None
         resolved = resolve_options(self.configuration_manager, self.backbone, self.dataset_json, self.label_manager)
         if resolved:  # in the model's plans.json too, for the predictor
+            model_plans = Path(self.output_folder_base) / "plans.json"
+            check_same_options(model_plans, self.configuration_name, self.backbone, resolved[self.backbone])
             own = self.plans_manager.plans["configurations"][self.configuration_name]
             self.configuration_manager.configuration[OPTIONS_KEY] = own[OPTIONS_KEY] = {**options, **resolved}
         check_incomplete(

@@ -77,6 +77,8 @@ class NetworkContract:
 
     def loss(self, output: NetworkOutput) -> torch.Tensor:
         logits = (output[0], *output.coarse_logits)
+        if output.subtasks is not None:  # what is trained; their average has no gradient
+            logits = output.subtasks.logits if output.coarse_logits else output.subtasks.logits[:1]
         return sum(layer.square().mean() for layer in logits) + sum(output.auxiliary_losses.values())
 
     def each(self):

@@ -80,6 +80,7 @@ class Backbone(nn.Module, ABC):
 
     MIN_MODALITIES: ClassVar[int] = 1  # fewer make no sense for the method
     PREDICTS: ClassVar[bool] = False  # its output has ``subtasks``
+    features_are_read: bool = True  # False: the head takes nothing but ``subtasks``, and ``features`` may be empty
     num_modalities: int
 
     @abstractmethod
@@ -113,7 +114,11 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     def dataset_options(
-        cls, dataset_json: dict[str, Any], label_manager: LabelManager, groups: Sequence[Sequence[int]]
+        cls,
+        dataset_json: dict[str, Any],
+        label_manager: LabelManager,
+        groups: Sequence[Sequence[int]],
+        stated: dict[str, Any],
     ) -> dict[str, Any]:
         """Options that follow from the data set; the trainer and our planners write them into the plans.
 
@@ -121,6 +126,7 @@ class Backbone(nn.Module, ABC):
             dataset_json: nnU-Net's.
             label_manager: nnU-Net's.
             groups: image channels of each modality.
+            stated: options that the plans file states, which need not follow from anything.
 
         Raises:
             UserError: dataset.json contradicts itself.

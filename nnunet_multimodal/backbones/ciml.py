@@ -36,6 +36,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_multimodal.backbones.base import (
     Backbone,
@@ -47,7 +48,11 @@ from nnunet_multimodal.backbones.base import (
 from nnunet_multimodal.decomposition import check_subtasks, decompose
 
 MIN_DEVIATION = 1e-4
-MAPS_PER_MESSAGE = 6  # message, weighted message, mean, deviation, divergence, complementary information
+# What a gate keeps for the backward pass, per message and once, in units of a convolution's feature map (which is kept
+# twice, before and after its normalisation): fitted to what autograd saves (benchmarks/ciml_cost.py).
+MESSAGE_MAPS, MESSAGE_ONCE = 0.5, 1.0
+ATTENTION_MAPS, ATTENTION_ONCE = 0.75, 0.25
+VARIATIONAL_MAPS = 1.9
 
 
 class InformationGate(nn.Module):
@@ -80,6 +85,12 @@ class InformationGate(nn.Module):
         # a 1x1 convolution for each message
         self.mean = topology.conv_op(channels, channels, 1, groups=num_messages)
         self.deviation = topology.conv_op(channels, channels, 1, groups=num_messages) if variational else None
+
+    def kept_maps(self) -> float:
+        """Feature maps of the stage that it keeps for the backward pass, with the skip that it makes."""
+        attention, variational = self.attention is not None, self.deviation is not None
+        per_message = MESSAGE_MAPS + ATTENTION_MAPS * attention + VARIATIONAL_MAPS * variational
+        return self.num_messages * per_message + MESSAGE_ONCE + ATTENTION_ONCE * attention
 
     def forward(self, own: Tensor, messages: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
         """Complementary information of each message, and its Kullback-Leibler divergence in training.
@@ -151,24 +162,34 @@ class Segmentor(nn.Module):
         self.seg_layers = topology.build_segmentation_layers(num_classes)
 
     def forward(
-        self, embeddings: Sequence[Tensor], messages: Sequence[Tensor], present: Tensor
+        self, embeddings: Sequence[Tensor], messages: Sequence[Sequence[Tensor]], present: Tensor
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Features of every stage, logits of every stage, Kullback-Leibler terms of every stage.
 
         Args:
             embeddings: its encoder's, finest first, each (B, F_s, *D_s).
-            messages: the others', finest first, each (B, K, F_s, *D_s); none without message passing.
+            messages: the embeddings of the K others; not read without message passing.
             present: which of them are sent (B, K).
         """
         skips, divergences = list(embeddings), []
-        for stage, (gate, reduce) in enumerate(zip(self.gates, self.reductions, strict=True)):
-            complement, divergence = gate(skips[stage], messages[stage], present)
-            skips[stage] = reduce(torch.cat((skips[stage], complement.sum(1)), 1))
+        for stage in range(len(self.gates)):
+            sent = [other[stage] for other in messages]
+            if self.training and torch.is_grad_enabled():
+                # K messages have several feature maps each in a gate, which is quick to run again in the backward pass
+                again = checkpoint(self.hear, stage, embeddings[stage], present, *sent, use_reentrant=False)
+                skips[stage], divergence = again
+            else:
+                skips[stage], divergence = self.hear(stage, embeddings[stage], present, *sent)
             if divergence is not None:
                 divergences.append(divergence)
         features = self.decoder(skips)
         logits = [layer(f) for layer, f in zip(self.seg_layers, features, strict=True)]
         return [*features, skips[-1]], logits, divergences
+
+    def hear(self, stage: int, own: Tensor, present: Tensor, *messages: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A stage's skip: its embedding with what the others' (B, F, *D) add to it, and the divergences (B, K)."""
+        complement, divergence = self.gates[stage](own, torch.stack(messages, 1), present)
+        return self.reductions[stage](torch.cat((own, complement.sum(1)), 1)), divergence
 
 
 class CIMLBackbone(Backbone):
@@ -235,7 +256,7 @@ class CIMLBackbone(Backbone):
         features, logits, divergences = [], [], []
         for s, segmentor in enumerate(self.segmentors):
             others = [o for o in range(len(self.subtasks)) if o != s]
-            messages = [torch.stack([embeddings[o][i] for o in others], 1) for i in range(len(segmentor.gates))]
+            messages = [embeddings[o] for o in others]
             own_features, own_logits, own_divergences = segmentor(embeddings[s], messages, here[:, others])
             features.append(own_features)
             logits.append(own_logits)
@@ -244,9 +265,10 @@ class CIMLBackbone(Backbone):
                 divergence = torch.stack(own_divergences).mean(0)  # (B, K)
                 divergences.append((divergence * weight).sum() / weight.sum().clamp_min(1))
         share = here / here.sum(1, keepdim=True)  # (B, S)
+        stages = list(zip(*features, strict=True))
         merged = [
             torch.einsum("bs...,bs->b...", torch.stack(stage, 1), share.to(stage[0].dtype))
-            for stage in zip(*features, strict=True)
+            for stage in (stages if self.features_are_read else stages[-1:])
         ]
         auxiliary = {"kl": self.kl_weight * torch.stack(divergences).sum()} if divergences else {}
         stacked = tuple(torch.stack(stage, 1) for stage in zip(*logits, strict=True))
@@ -275,7 +297,7 @@ class CIMLBackbone(Backbone):
             total += segmentor.decoder.compute_conv_feature_map_size(patch_size)
             total += sum(self.num_classes * size for size in sizes[1:-1])  # coarse logits; the head counts the finest
             for gate, f, size in zip(segmentor.gates, features, sizes, strict=False):
-                total += (gate.num_messages * MAPS_PER_MESSAGE + 2) * f * size
+                total += int(gate.kept_maps() * f * size)
         return total
 
     def encoder_modalities(self) -> dict[str, list[list[int]]]:
@@ -293,7 +315,13 @@ class CIMLBackbone(Backbone):
 
     @classmethod
     def dataset_options(
-        cls, dataset_json: dict[str, Any], label_manager: LabelManager, groups: Sequence[Sequence[int]]
+        cls,
+        dataset_json: dict[str, Any],
+        label_manager: LabelManager,
+        groups: Sequence[Sequence[int]],
+        stated: dict[str, Any],
     ) -> dict[str, Any]:
         """The decomposition that dataset.json states, and what kind of output there is."""
+        if stated.get("segmentors") is not None:
+            return {"has_regions": bool(label_manager.has_regions)}
         return decompose(dataset_json, label_manager, groups)

@@ -15,7 +15,7 @@ Deviations from the paper or the authors' code, each with its reason:
   present one (``substitution="first"``). That is at the bottleneck. In the skips its features are left out
   (``skips="present"``); the paper does not say, the authors' code feeds zeros through the encoder. Substituted there as
   well (``skips="substituted"``), a lone modality's features fill every slot, so the decoder is told the same whichever
-  it is: on four synthetic modalities the Dice of one alone fell from 0.60 to 0.43 (``docs/benchmarks.md``).
+  it is: on four synthetic modalities the Dice of one alone fell from 0.62 to 0.48 (``docs/benchmarks.md``).
 - The alignment is the mean over a sample's pairs of present modalities, not their sum, so that its weight does not
   depend on how many are present; the authors' code sums a ring of four. The Kullback-Leibler divergence is symmetric,
   for the same reason that all pairs are taken: modalities have no order.

@@ -39,12 +39,14 @@ from nnunet_multimodal.explain.attribution import METHODS, AttributionPredictor
 from nnunet_multimodal.explain.complementary import ComplementaryPredictor, Pair, has_complementary_information
 from nnunet_multimodal.explain.leave_out import leave_each_out, predict_case
 from nnunet_multimodal.explain.sheet import Sheet, draw_sheet, draw_weights
+from nnunet_multimodal.images import geometry_difference
 from nnunet_multimodal.inference.base import (
     Case,
     ModelPredictor,
     Preprocessed,
     add_model_arguments,
     model_folder,
+    voxel_volume_ml,
     write_map,
 )
 from nnunet_multimodal.inference.uncertainty import UncertaintyPredictor
@@ -52,6 +54,7 @@ from nnunet_multimodal.network import MultimodalUNet, unwrap
 
 DEFAULT_TOLERANCE_MM = 1.0  # of a measure that is not used here
 AVERAGE = "mean"
+RESERVED = {AVERAGE, "complementary_weights"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +117,7 @@ class Explainer:
             file = self._reference_file(case)
             if not file.is_file():
                 raise UserError(f"{file} is not there; give a reference for every image, or no -ref")
+        self._check_names()
         network = unwrap(self.predictor.network)
         self.complementary: ComplementaryPredictor | None = None
         self.uncertainty: UncertaintyPredictor | None = None
@@ -134,6 +138,17 @@ class Explainer:
         self.scores = Table(self.output / "uncertainty.csv", ("case", "modality", "uncertainty"))
         self.shares = Table(self.output / "attribution.csv", ("case", "label", "channel", "share"))
 
+    def _check_names(self) -> None:
+        for what, names in (("channels", self.predictor.channel_names()), ("labels", list(self.labels))):
+            if len({_safe(name) for name in names}) < len(names):
+                raise UserError(
+                    f"{what} {', '.join(names)} need different names in {model_folder(self.args)}/dataset.json, which "
+                    "files are named after"
+                )
+        for case in self.cases:
+            if case.name in RESERVED:
+                raise UserError(f"{self.args.i} has a case named {case.name!r}, which a result is named; rename it")
+
     def _open(self, kind: Any, mirroring: bool) -> Any:
         args = self.args
         device = torch.device(args.device)
@@ -148,17 +163,9 @@ class Explainer:
         prediction = predict_case(self.predictor, preprocessed, preprocessed.data)
         reference = None
         if self.args.ref:
-            file = self._reference_file(case)
-            reference = self.settings.reader().read_seg(str(file))[0][0]
-            if reference.shape != prediction.shape:
-                raise UserError(f"{file} has {reference.shape} voxels and {case.first_image} {prediction.shape}")
+            reference = self._read_reference(case, preprocessed.properties, prediction.shape)
         contributions = leave_each_out(
             self.predictor, preprocessed, prediction, self.labels, reference, self.settings.ignore_label
-        )
-        voxel_ml = math.prod(preprocessed.properties["spacing"]) / 1000
-        self.contributions.add(
-            (case.name, c.modality, c.label, c.voxels * voxel_ml, c.voxels_without * voxel_ml, *c[4:])
-            for c in contributions
         )
         maps = [
             *self._complementary(case, preprocessed),
@@ -168,6 +175,21 @@ class Explainer:
         images = self._images(case)
         sheet = Sheet(case.name, images, prediction, reference, maps, contributions, list(self.labels.values()))
         draw_sheet(sheet, self.output / f"{case.name}.png")
+        reader = self.predictor.plans_manager.plans["image_reader_writer"]
+        voxel_ml = voxel_volume_ml(preprocessed.properties, reader) or math.nan
+        self.contributions.add(
+            (case.name, c.modality, c.label, c.voxels * voxel_ml, c.voxels_without * voxel_ml, *c[4:])
+            for c in contributions
+        )
+
+    def _read_reference(self, case: Case, properties: dict, shape: tuple[int, ...]) -> np.ndarray:
+        file = self._reference_file(case)
+        reference, theirs = self.settings.reader().read_seg(str(file))
+        image = case.first_image
+        difference = geometry_difference(image, shape, properties, str(file), reference.shape[1:], theirs)
+        if difference:
+            raise UserError(f"{difference}; a reference must be on its image's grid")
+        return reference[0]
 
     def _images(self, case: Case) -> dict[str, np.ndarray]:
         """The images that there are, by the names of their channels."""
@@ -221,8 +243,7 @@ class Explainer:
         return shown
 
     def _write(self, array: np.ndarray, case: Case, preprocessed: Preprocessed, folder: str, name: str) -> None:
-        safe = "".join(c if c.isalnum() or c in "-.+" else "_" for c in name)
-        file = self.output / folder / f"{case.name}_{safe}.nii.gz"
+        file = self.output / folder / f"{case.name}_{_safe(name)}.nii.gz"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_map(array.astype(np.float32), case.first_image, preprocessed.properties, file)
 
@@ -238,6 +259,11 @@ class Explainer:
             means.append(WeightRow(AVERAGE, *key, float(np.mean(values)) if values else math.nan))
         self.weights.add(means)
         draw_weights([row[1:] for row in means], self.output / "complementary_weights.png")
+
+
+def _safe(name: str) -> str:
+    """With nothing in it that a file's name cannot have."""
+    return "".join(c if c.isalnum() or c in "-.+" else "_" for c in name)
 
 
 def run(args: argparse.Namespace) -> int:

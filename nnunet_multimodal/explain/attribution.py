@@ -3,14 +3,13 @@
 What is attributed is the sum of a label's logits over the voxels that are given to it. Integrated gradients
 (Sundararajan et al., ICML 2017) are taken from an image of zeros, the mean of a normalised modality. Grad-CAM
 (Selvaraju et al., ICCV 2017) has one map for all channels, from the finest stage of the decoder; multiplied by each
-channel's input times gradient it tells them apart.
+channel's input times gradient it tells them apart. Its weights are averaged over the label's voxels of a tile.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,11 @@ METHODS = ("integrated_gradients", "gradcam")
 
 
 class AttributionPredictor(ModelPredictor):
-    """nnU-Net's sliding window over attributions instead of logits."""
+    """nnU-Net's tiles, for attributions instead of logits."""
 
     _method: str
     _steps: int
     _channels: int
-    label_manager: Any
 
     def check(self, method: str, steps: int) -> None:
         """Prepare.
@@ -48,7 +46,7 @@ class AttributionPredictor(ModelPredictor):
         if steps < 1:
             raise UserError(f"--steps {steps}: at least one is needed")
         self._method, self._steps = method, steps
-        network = self._plain_network()
+        network = unwrap(self.network)
         if method == "gradcam" and _finest_stage(network) is None:
             raise UserError(
                 f"{self.trainer_name} has a decoder for each segmentor and no common features for Grad-CAM; its maps "
@@ -66,42 +64,32 @@ class AttributionPredictor(ModelPredictor):
         where there are none. Over a whole image noise would outweigh them, and signed sums cancel: instance
         normalisation makes a network blind to the scale of an image.
         """
-        network = self._plain_network()
+        network = unwrap(self.network)
         network.load_state_dict(self.list_of_parameters[0])
         network.to(self.device).eval().requires_grad_(False)
         self._channels = len(preprocessed.absent)
         shape = len(self.outputs()), self._channels
-        number = math.prod(shape) + shape[0]
-        labels, self.label_manager = self.label_manager, SimpleNamespace(num_segmentation_heads=number)
-        try:
-            blended = self.predict_logits_from_preprocessed_data(preprocessed.data).float()
-        finally:
-            self.label_manager = labels
+        blended = self.blend(preprocessed.data, math.prod(shape) + shape[0], self._attribute)
         maps, given = blended[: -shape[0]], blended[-shape[0] :] > 0.5
-        total = (maps.abs().unflatten(0, shape) * given[:, None]).double().flatten(2).sum(2)
-        shares = (total / total.sum(1, keepdim=True)).cpu().numpy()
-        whole = self.to_image_grid(maps, preprocessed.properties)
-        return whole.reshape(*shape, *whole.shape[1:]), shares
+        shares = np.full(shape, np.nan)
+        for index, own in enumerate(maps.split(shape[1])):
+            total = (own.abs() * given[index]).flatten(1).double().sum(1).numpy()
+            if total.sum() > 0:
+                shares[index] = total / total.sum()
+        whole = [self.to_image_grid(own, preprocessed.properties) for own in maps.split(shape[1])]
+        return np.stack(whole), shares
 
-    def _plain_network(self) -> Any:
-        network = unwrap(self.network)
-        if not isinstance(network, MultimodalUNet):
-            network.decoder.deep_supervision = False
-        return network
-
-    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
-        # nnU-Net predicts in inference mode, in which nothing has a gradient
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._attribute(x.clone())
-
+    @torch.enable_grad()
     def _attribute(self, x: Tensor) -> Tensor:
         """Attributions (1, L * C + L, *D) of a tile (1, K, *D), and behind them the voxels that are given to each."""
-        network, outputs = self._plain_network(), list(self.outputs().values())
+        network, outputs = unwrap(self.network), list(self.outputs().values())
         absent = x.isnan()
         x = x.masked_fill(absent, 0)
 
         def logits(images: Tensor) -> Tensor:
-            return network(images.masked_fill(absent, torch.nan) if isinstance(network, MultimodalUNet) else images)
+            images = images.masked_fill(absent, torch.nan) if isinstance(network, MultimodalUNet) else images
+            with self.half_precision():
+                return network(images).float()
 
         with torch.no_grad():
             found = logits(x)
@@ -111,7 +99,13 @@ class AttributionPredictor(ModelPredictor):
         def scores(images: Tensor) -> Tensor:
             return (logits(images) * given).flatten(2).sum(2)
 
-        maps = [self._captum(scores, network, x, c) if given[:, c].any() else torch.zeros_like(x) for c in outputs]
+        maps = []
+        for channel in outputs:
+            fraction = given[:, channel].float().mean()
+            # Grad-CAM averages the gradient over the tile; over the output's voxels, tiles are on one scale
+            scale = 1 / fraction if self._method == "gradcam" else 1.0
+            nothing = torch.zeros_like(x)
+            maps.append(scale * self._captum(scores, network, x, channel) if fraction > 0 else nothing)
         attributed = torch.stack(maps, 1)[:, :, : self._channels].flatten(1, 2).detach()
         return torch.cat((attributed, given[:, outputs].to(attributed.dtype)), 1)
 
@@ -131,4 +125,5 @@ def one_hot(logits: Tensor) -> Tensor:
 
 def _finest_stage(network: Any) -> nn.Module | None:
     decoder = getattr(network.backbone if isinstance(network, MultimodalUNet) else network, "decoder", None)
-    return None if decoder is None else decoder.stages[-1]
+    stages = getattr(decoder, "stages", None)
+    return None if stages is None else stages[-1]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,11 +53,7 @@ def has_complementary_information(predictor: ModelPredictor) -> bool:
 
 
 class ComplementaryPredictor(ModelPredictor):
-    """nnU-Net's sliding window over Grad-CAM maps instead of logits."""
-
-    _factors: list[tuple[Tensor, Tensor]]
-    _pairs: Sequence[Pair]
-    label_manager: Any
+    """nnU-Net's tiles, for Grad-CAM maps instead of logits."""
 
     def pairs(self) -> list[Pair]:
         """What there are maps of; of CIML's models with one fold.
@@ -81,7 +76,10 @@ class ComplementaryPredictor(ModelPredictor):
         return pairs
 
     def explain(self, preprocessed: Preprocessed, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
-        """Maps on the image's grid (pairs, auxiliaries, *spatial), and weights (pairs, auxiliaries), NaN if undefined.
+        """Maps on the image's grid (pairs, auxiliaries, *spatial), and weights (pairs, auxiliaries).
+
+        Maps of segmentors that are absent, or that an absent one would have sent, are zero; their weights NaN, as are
+        those of a region that is not predicted.
 
         Args:
             preprocessed: a case.
@@ -90,70 +88,76 @@ class ComplementaryPredictor(ModelPredictor):
         network = unwrap(self.network)
         network.load_state_dict(self.list_of_parameters[0])
         network.to(self.device).eval().requires_grad_(False)
-        count = len(pairs[0].auxiliaries)
-        self._factors, self._pairs = self._channel_weights(preprocessed.data, pairs), pairs
-        number = len(pairs) * count + len(pairs)
-        labels, self.label_manager = self.label_manager, SimpleNamespace(num_segmentation_heads=number)
-        try:
-            blended = self.predict_logits_from_preprocessed_data(preprocessed.data).float()
-        finally:
-            self.label_manager = labels
-        maps, given = blended[: -len(pairs)].relu_(), blended[-len(pairs) :] > 0.5
-        total = (maps.unflatten(0, (-1, count)) * given[:, None]).double().flatten(2).sum(2)
-        weights = total / total.sum(1, keepdim=True)  # 0 / 0 is NaN
-        whole = self.to_image_grid(maps, preprocessed.properties)
-        return whole.reshape(len(pairs), count, *whole.shape[1:]), weights.cpu().numpy()
-
-    def _channel_weights(self, data: Tensor, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
-        """Of every pair, (K, C) each: alpha, and the background level of the complementary information."""
-        network = unwrap(self.network)
-        features = network.backbone.topology.features_per_stage[0]
-        gradients, levels = (
-            [torch.zeros(len(pair.auxiliaries), features, device=self.device) for pair in pairs] for _ in range(2)
-        )
-        voxels, tiles = torch.zeros(len(pairs), device=self.device), 0
-        for tile in self.tiles(data):
-            tiles += 1
-            with torch.enable_grad(), _captured(network, leaves=True) as kappa:
-                subtasks = network.backbone(*network.split(tile)).subtasks
-            for index, pair in enumerate(pairs):
-                chosen = _given(subtasks, pair)
-                score = (subtasks.logits[0][:, pair.segmentor, pair.channel] * chosen).sum()
-                (gradient,) = torch.autograd.grad(score, kappa[pair.segmentor], retain_graph=True)
-                gradients[index] += (gradient[0] * chosen).flatten(2).sum(2)
-                levels[index] += kappa[pair.segmentor][0].detach().flatten(2).median(2).values
-                voxels[index] += chosen.sum()
-        return [
-            (gradient / count.clamp_min(1), level / max(tiles, 1))
-            for gradient, level, count in zip(gradients, levels, voxels, strict=True)
+        here = [
+            any(not preprocessed.absent[c] for m in subtask.modalities for c in network.groups[m])
+            for subtask in network.backbone.subtasks
         ]
+        factors = [f for s in range(len(here)) for f in self._factors(preprocessed.data, s, pairs)]
+        count = len(pairs[0].auxiliaries)
+        blended = self.blend(preprocessed.data, len(pairs) * (count + 1), lambda tile: self._maps(tile, pairs, factors))
+        maps, weights = [], np.full((len(pairs), count), np.nan)
+        for index, pair in enumerate(pairs):
+            *heat, given = blended[index * (count + 1) : (index + 1) * (count + 1)]
+            zeta = torch.stack(heat).relu_()
+            maps.append(self.to_image_grid(zeta, preprocessed.properties))
+            sent = [here[auxiliary] for auxiliary in pair.auxiliaries]
+            total = (zeta * (given > 0.5)).flatten(1).double().sum(1).numpy()
+            if total.sum() > 0:
+                weights[index, sent] = total[sent] / total.sum()
+        return np.stack(maps), weights
+
+    def _factors(self, data: Tensor, segmentor: int, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
+        """Of a segmentor's pairs, (K, C) each: alpha, and the background level of the complementary information."""
+        network = unwrap(self.network)
+        own = [pair for pair in pairs if pair.segmentor == segmentor]
+        shape = len(own[0].auxiliaries), network.backbone.topology.features_per_stage[0]
+        gradients = [torch.zeros(shape, device=self.device) for _ in own]
+        voxels = [torch.zeros((), device=self.device) for _ in own]
+        level, tiles = torch.zeros(shape, device=self.device), 0
+        for tile in self.tiles(data):
+            with torch.enable_grad(), self.half_precision(), _captured(network, leaf=segmentor) as kappa:
+                subtasks = network.backbone(*network.split(tile)).subtasks
+            level += kappa[segmentor][0].detach().float().flatten(2).median(2).values
+            tiles += 1
+            for index, pair in enumerate(own):
+                chosen = _given(subtasks, pair)
+                if chosen.any():
+                    score = (subtasks.logits[0][:, pair.segmentor, pair.channel].float() * chosen).sum()
+                    (gradient,) = torch.autograd.grad(score, kappa[segmentor], retain_graph=index + 1 < len(own))
+                    gradients[index] += torch.einsum("kc...,...->kc", gradient[0].float(), chosen[0].float())
+                    voxels[index] += chosen.sum()
+        return [(g / count.clamp_min(1), level / max(tiles, 1)) for g, count in zip(gradients, voxels, strict=True)]
 
     @torch.no_grad()
-    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
-        """Maps of all pairs (1, P * K + P, *D): those of the auxiliaries, and where the region is."""
+    def _maps(self, tile: Tensor, pairs: Sequence[Pair], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Of every pair K maps and where the region is, (1, P * (K + 1), *D), of a tile."""
         network = unwrap(self.network)
-        with _captured(network, leaves=False) as kappa:
-            subtasks = network.backbone(*network.split(x)).subtasks
-        maps, given = [], []
-        for (alpha, level), pair in zip(self._factors, self._pairs, strict=True):
-            constant = torch.einsum("kc,kc->k", alpha, level).view(1, -1, *(1,) * (x.ndim - 2))
-            maps.append(torch.einsum("kc,bkc...->bk...", alpha, kappa[pair.segmentor].float()) - constant)
-            given.append(_given(subtasks, pair)[:, None].float())
-        return torch.cat((*maps, *given), 1)
+        image, cascade, present = network.split(tile)
+        with self.half_precision(), _captured(network) as kappa:
+            subtasks = network.backbone(image, cascade, present).subtasks
+        here = torch.stack([present[:, list(t.modalities)].any(1) for t in network.backbone.subtasks], 1)
+        maps = []
+        for (alpha, level), pair in zip(factors, pairs, strict=True):
+            heat = torch.einsum("kc,bkc...->bk...", alpha, kappa[pair.segmentor].float())
+            shape = (1, -1, *(1,) * (tile.ndim - 2))
+            constant = torch.einsum("kc,kc->k", alpha, level).view(shape)
+            maps.append((heat - constant) * here[:, list(pair.auxiliaries)].view(shape))
+            maps.append(_given(subtasks, pair)[:, None].float())
+        return torch.cat(maps, 1)
 
 
 @contextmanager
-def _captured(network: Any, leaves: bool) -> Iterator[dict[int, Tensor]]:
+def _captured(network: Any, leaf: int | None = None) -> Iterator[dict[int, Tensor]]:
     """The complementary information (B, K, C, *D) of every segmentor at full resolution, filled as the network runs.
 
     Args:
-        network: of CIML.
-        leaves: gradients end there.
+        network: of CIML, without parameters that want a gradient.
+        leaf: the segmentor whose information gradients are taken of; the others keep nothing for a backward pass.
     """
     found: dict[int, Tensor] = {}
 
     def keep(segmentor: int, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        found[segmentor] = output[0].detach().requires_grad_() if leaves else output[0]
+        found[segmentor] = output[0].detach().requires_grad_() if segmentor == leaf else output[0]
         return found[segmentor], output[1]
 
     hooks = [
@@ -168,9 +172,10 @@ def _captured(network: Any, leaves: bool) -> Iterator[dict[int, Tensor]]:
 
 
 def _given(subtasks: SubtaskLogits, pair: Pair) -> Tensor:
-    """The voxels (B, *D) bool that a segmentor gives to a region."""
+    """The voxels (B, *D) bool that a segmentor, if it is there, gives to a region."""
     logits, active = subtasks.logits[0][:, pair.segmentor], subtasks.active[:, pair.segmentor]
+    active = active.view(*active.shape, *(1,) * (logits.ndim - 2))
     if subtasks.has_regions:
-        return logits[:, pair.channel] > 0
-    own = logits.masked_fill(~active.view(*active.shape, *(1,) * (logits.ndim - 2)), -torch.inf)
-    return own.argmax(1) == pair.channel
+        return (logits[:, pair.channel] > 0) & active[:, pair.channel]
+    own = logits.masked_fill(~active, -torch.inf)
+    return (own.argmax(1) == pair.channel) & active[:, pair.channel]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import nibabel
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch import Tensor
@@ -73,6 +76,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, trainer: str) -> None:
 def model_folder(args: argparse.Namespace) -> str:
     """The folder of the model that the flags name."""
     return get_output_folder(args.d, args.tr, args.p, args.c)
+
+
+def voxel_volume_ml(properties: dict, reader: str) -> float | None:
+    """Volume of a voxel in millilitres, from what nnU-Net's reader told; None if images have no physical size."""
+    flat = len(properties.get("sitk_stuff", {}).get("spacing", "xyz")) == 2  # nnU-Net invents a third spacing
+    return None if flat or "NaturalImage" in reader else math.prod(map(float, properties["spacing"])) / 1000
 
 
 class ModelPredictor(nnUNetPredictor):
@@ -213,11 +222,34 @@ class ModelPredictor(nnUNetPredictor):
 
     def tiles(self, data: Tensor) -> Iterator[Tensor]:
         """nnU-Net's tiles of a case (1, K, *patch), on the device, without those of nothing."""
-        data, _ = pad_nd_image(data, self.configuration_manager.patch_size, "constant", {"value": 0}, True, None)
+        data, _ = self._pad(data)
         for slicer in self._internal_get_sliding_window_slicers(data.shape[1:]):
             tile = data[slicer][None].to(self.device)
             if torch.nan_to_num(tile).any():
                 yield tile
+
+    def blend(self, data: Tensor, number: int, of_tile: Callable[[Tensor], Tensor]) -> Tensor:
+        """Maps (number, *D) of a case, blended from those of nnU-Net's tiles (1, number, *patch) with its weights.
+
+        In single precision: nnU-Net's own buffer is in half, which suits logits and loses maps of small numbers.
+        """
+        padded, revert = self._pad(data)
+        blended, weights = torch.zeros(number, *padded.shape[1:]), torch.zeros(padded.shape[1:])
+        gaussian = compute_gaussian(
+            tuple(self.configuration_manager.patch_size), 1.0 / 8, 10, torch.float32, torch.device("cpu")
+        )
+        for slicer in self._internal_get_sliding_window_slicers(padded.shape[1:]):
+            blended[slicer] += of_tile(padded[slicer][None].to(self.device))[0].detach().float().cpu() * gaussian
+            weights[slicer[1:]] += gaussian
+        inside = (slice(None), *revert[1:])
+        return (blended / weights)[inside]
+
+    def _pad(self, data: Tensor) -> tuple[Tensor, Any]:
+        return pad_nd_image(data, self.configuration_manager.patch_size, "constant", {"value": 0}, True, None)
+
+    def half_precision(self) -> AbstractContextManager:
+        """As nnU-Net predicts: autocast on CUDA alone."""
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
     def to_image_grid(self, maps: Tensor, properties: dict) -> np.ndarray:
         """Maps (M, *D) on the network's grid -> (M, *spatial) on the image's, zero outside nnU-Net's crop."""

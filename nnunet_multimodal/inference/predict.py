@@ -40,7 +40,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
-from nnunet_multimodal.inference.base import Case, Preprocessed, add_model_arguments, model_folder, write_map
+from nnunet_multimodal.inference.base import (
+    Case,
+    Preprocessed,
+    add_model_arguments,
+    model_folder,
+    voxel_volume_ml,
+    write_map,
+)
 from nnunet_multimodal.inference.maps import MAPS, RunningMaps
 from nnunet_multimodal.inference.quantities import RunningQuantities
 from nnunet_multimodal.inference.sampling import ImageDistribution, SamplePredictor
@@ -305,10 +312,8 @@ class CaseWriter:
         )  # fmt: skip
 
     def _quantities(self, properties: dict) -> RunningQuantities:
-        flat = len(properties.get("sitk_stuff", {}).get("spacing", "xyz")) == 2  # nnU-Net invents a third spacing
-        natural = "NaturalImage" in self.predictor.plans_manager.plans["image_reader_writer"]  # has no spacing at all
-        voxel_ml = None if flat or natural else math.prod(map(float, properties["spacing"])) / 1000
-        return RunningQuantities(self.foreground_labels(), voxel_ml)
+        reader = self.predictor.plans_manager.plans["image_reader_writer"]
+        return RunningQuantities(self.foreground_labels(), voxel_volume_ml(properties, reader))
 
     def _write_mean(self, case: Case, mean: Tensor, properties: dict) -> np.ndarray:
         """Write the mean prediction through nnU-Net's own export; returns its label map."""

@@ -98,3 +98,33 @@ def test_training_with_a_name_that_does_not_exist_says_which_do(datasets, tmp_pa
     state(nnunet, {"T1": ["organ"], "T3+PET": ["lesion"]})
     with pytest.raises(UserError, match=r"'T3', of 'T3\+PET', is 0 of the channels; there are: T1, T2, PET"):
         nnunet.train("CIMLTrainer_1epoch_1iterations", "3d_fullres", "all")
+
+
+def test_a_model_is_not_gone_on_with_under_another_decomposition(tmp_path):
+    nnunet = make_dataset(tmp_path, "regions", cases=2)
+    state(nnunet, STATED)
+    nnunet.train("CIMLTrainer_1epoch_1iterations", "3d_fullres", "all")
+    state(nnunet, {"T1": ["lesion"], "T2+PET": ["whole"]})
+    with pytest.raises(UserError, match=r"plans.json: the model is trained with 'ciml' .*restore them"):
+        nnunet.train("CIMLTrainer_1epoch_1iterations", "3d_fullres", 0)
+    state(nnunet, dict(reversed(STATED.items())))  # the order of the keys means nothing
+    nnunet.train("CIMLTrainer_1epoch_1iterations", "3d_fullres", "all", "--val")
+
+
+def test_groups_of_channels_and_a_decomposition_go_together_with_our_plans(tmp_path):
+    nnunet = make_dataset(tmp_path, "regions", channels=("T1", "T2", "PET", "CT"), cases=2)
+    state(nnunet, {"T1+CT": ["whole"], "T2+PET": ["lesion"]})
+    nnunet(
+        "nnUNetv2_plan_experiment", "-d", 900, "-pl", "nnUNetPlannerCIML", "-gpu_memory_target", 0.5,
+        "-overwrite_plans_name", "own", nnUNet_n_proc_DA="1",
+    )  # fmt: skip
+    plans = nnunet.plans("own")
+    plans["configurations"]["grouped"] = {
+        "inherits_from": "3d_fullres",
+        "nnunet_multimodal": {"modalities": [[0, 3], [1, 2]]},
+    }
+    nnunet.write_plans(plans)
+    trainer = nnunet.trainer("CIMLTrainer", "grouped", "own")
+    with nnunet.environment():
+        trainer.initialize()
+    assert [list(t.modalities) for t in trainer.network.backbone.subtasks] == [[0], [1]]

@@ -156,6 +156,31 @@ def test_maps_do_not_change_with_the_placeholder_of_an_absent_modality(trained, 
     assert {row["modality"] for row in rows(outputs[0] / "contributions.csv")} == {SHOWS_A, BLIND}
 
 
+def test_who_is_absent_explains_nothing(trained, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for channel in (0, 1):
+        name = f"case_0_{channel:04d}.nii.gz"
+        image = SimpleITK.ReadImage(str(trained.raw / DATASET / "imagesTr" / name))
+        SimpleITK.WriteImage(image, str(images / name))
+    output = explain(trained, tmp_path / "out", images=images)
+    for row in rows(output / "complementary_weights.csv"):
+        lacks = BLIND in (row["primary"], row["auxiliary"])
+        assert (row["weight"] == "") == lacks
+        if row["primary"] == BLIND and row["case"] == "case_0":
+            name = f"case_0_{BLIND}_{row['region']}_from_{row['auxiliary']}.nii.gz"
+            assert not segmentation(output / "complementary" / name).any()
+
+
+def test_a_reference_on_another_grid_is_refused(trained, tmp_path):
+    for case in range(4):
+        image = SimpleITK.ReadImage(str(trained.raw / DATASET / "labelsTr" / f"case_{case}.nii.gz"))
+        image.SetOrigin((0.0, 5.0, 0.0))
+        SimpleITK.WriteImage(image, str(tmp_path / f"case_{case}.nii.gz"))
+    with pytest.raises(UserError, match=r"origin .*a reference must be on its image's grid"):
+        explain(trained, tmp_path / "out", "-ref", tmp_path)
+
+
 def test_random_weights_destroy_the_maps(trained):
     """Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018."""
     args = SimpleNamespace(d="900", tr=f"CIMLTrainer_{LENGTH}", p=PLANS, c="2d")
@@ -168,14 +193,16 @@ def test_random_weights_destroy_the_maps(trained):
     index = next(i for i, pair in enumerate(pairs) if (pair.primary_name, pair.region_name) == (BLIND, "A"))
     trained_map = predictor.explain(preprocessed, pairs)[0][index, 0]
     alike = []
-    for seed in range(5):
+    for seed in range(8):
         torch.manual_seed(seed)
         predictor.network.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
         predictor.list_of_parameters = [{k: v.clone() for k, v in predictor.network.state_dict().items()}]
         random_map = predictor.explain(preprocessed, pairs)[0][index, 0]
-        alike.append(np.corrcoef(trained_map.ravel(), random_map.ravel())[0, 1] if random_map.any() else 0.0)
+        if random_map.any():
+            alike.append(np.corrcoef(trained_map.ravel(), random_map.ravel())[0, 1])
     assert trained_map.any()
-    assert abs(np.mean(alike)) < 0.5
+    assert len(alike) >= 3
+    assert np.mean(np.abs(alike)) < 0.6
 
 
 # --- other models

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from nnunet_multimodal.backbones.base import SubtaskLogits
 from nnunet_multimodal.losses import SubtaskLoss
-from tests.contracts import NetworkContract, with_absent
+from nnunet_multimodal.network import MultimodalUNet
+from tests.contracts import NetworkContract, unet_kwargs, with_absent
 
 SPLIT = [{"modalities": [0], "channels": [0]}, {"modalities": [1, 2], "channels": [1]}]
 
@@ -106,6 +107,38 @@ def test_without_messages_a_segmentor_sees_its_own_modality_alone():
 def test_the_decoders_width_is_the_plans():
     plain = sum(p.numel() for p in BUILD({"messages": False}).backbone.segmentors[0].decoder.parameters())
     assert sum(p.numel() for p in BUILD().backbone.segmentors[0].decoder.parameters()) == plain
+
+
+def test_features_are_merged_for_heads_that_read_them_alone():
+    x = DATA()
+    plain = BUILD().eval()
+    assert plain.backbone(*plain.split(x)).features == ()
+    torch.manual_seed(0)
+    sampling = MultimodalUNet(3, 2, backbone="ciml", head="ssn", deep_supervision=True, **unet_kwargs()).eval()
+    with_absence = with_absent(x, [(0, 1)])
+    seen = []
+    for segmentor in sampling.backbone.segmentors:
+        segmentor.decoder.register_forward_hook(lambda _, __, features: seen.append(features[0]))
+    merged = sampling.backbone(*sampling.split(with_absence)).features[0]
+    torch.testing.assert_close(merged[0], (seen[0][0] + seen[2][0]) / 2)
+    torch.testing.assert_close(merged[1], torch.stack(seen)[:, 1].mean(0))
+
+
+def test_gates_are_run_again_in_the_backward_pass_with_the_same_noise():
+    network = BUILD()
+    x = DATA()
+    gradients = []
+    for training in (True, False):  # evaluation does not recompute, and has no noise to get wrong
+        network.train(training)
+        for gate in (g for s in network.backbone.segmentors for g in s.gates):
+            gate.training = True
+        torch.manual_seed(3)
+        network.zero_grad()
+        output = network.backbone(*network.split(x))
+        sum(logits.square().mean() for logits in output.subtasks.logits).backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
 
 
 # --- the output
@@ -212,6 +245,8 @@ def test_nobody_there_for_a_batch_gives_no_loss_but_gradients():
         ([*SPLIT, {"modalities": [3], "channels": [0]}], r"modalities are \[0, 1, 2, 3\]"),
         ([SPLIT[0], {"modalities": [1, 2], "channels": [0]}], r"channels are \[0, 0\]"),
         ([SPLIT[0], {"modalities": [1, 2], "channels": [1, 1]}], "each once"),
+        ([*SPLIT, {"modalities": [2], "channels": []}], "modalities to look at and channels to predict"),
+        ([*SPLIT, {"modalities": [], "channels": [0]}], "modalities to look at and channels to predict"),
         ([SPLIT[0], {"modalities": [1, 2]}], "must have 'modalities' and 'channels'"),
     ],
 )

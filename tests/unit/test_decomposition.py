@@ -31,10 +31,27 @@ def test_the_papers_decomposition_in_numbers():
         "segmentors": [
             {"modalities": [0], "channels": [0]},
             {"modalities": [1], "channels": [1]},
-            {"modalities": [3], "channels": [0, 1]},
             {"modalities": [2], "channels": [1, 2]},
+            {"modalities": [3], "channels": [0, 1]},
         ],
     }
+
+
+def test_the_order_of_the_keys_means_nothing():
+    stated = {"PET": ["lesion"], "CT": ["organ"]}
+    assert resolved(PETCT, stated) == resolved(PETCT, dict(reversed(stated.items())))
+
+
+def test_labels_written_as_lists_of_one_are_labels():
+    dataset = {**PETCT, "labels": {"background": 0, "lesion": [1], "organ": [2]}, "regions_class_order": None}
+    labels = LabelManager(PETCT["labels"], None)
+    stated = {"nnunet_multimodal": {"decomposition": {"CT": ["organ"], "PET": ["lesion"]}}}
+    assert [s["channels"] for s in decompose({**dataset, **stated}, labels, SINGLE[2])["segmentors"]] == [[2], [1]]
+
+
+def test_groups_that_do_not_fit_are_refused_by_themselves():
+    with pytest.raises(ValueError, match="must name each of the 2 image channels"):
+        resolved(PETCT, {"CT": ["organ"], "PET": ["lesion"]}, [[0], [5]])
 
 
 def test_labels_keep_their_numbers_and_names_can_be_joined():
