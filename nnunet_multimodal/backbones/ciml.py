@@ -22,7 +22,9 @@ Deviations from the paper, each with its reason:
 - An absent modality's segmentor neither sends nor predicts. A region all of whose segmentors are absent is predicted by
   all that are there; in training too, so it is learnt wherever training cases lack modalities (``CIMLModalityDropout``)
   and is a guess elsewhere.
-- Segmentors run one after the other; see ``benchmarks/ciml_cost.py`` for the alternatives.
+- Segmentors run one after the other, which on a CPU is faster than all at once by grouped convolutions
+  (``benchmarks/ciml_cost.py``), and gates twice in training: what they make for every message of every segmentor is not
+  kept but made again in the backward pass. With four segmentors that is a third of the memory.
 """
 
 from __future__ import annotations
@@ -48,11 +50,11 @@ from nnunet_multimodal.backbones.base import (
 from nnunet_multimodal.decomposition import check_subtasks, decompose
 
 MIN_DEVIATION = 1e-4
-# What a gate keeps for the backward pass, per message and once, in units of a convolution's feature map (which is kept
-# twice, before and after its normalisation): fitted to what autograd saves (benchmarks/ciml_cost.py).
-MESSAGE_MAPS, MESSAGE_ONCE = 0.5, 1.0
-ATTENTION_MAPS, ATTENTION_ONCE = 0.75, 0.25
-VARIATIONAL_MAPS = 1.9
+# Feature maps that a gate makes for each message, in units of a convolution's, which autograd keeps twice (before and
+# after its normalisation). They are made again in the backward pass, a stage at a time, when the decoder has let go of
+# the finest ones: a part of the finest stage's is what the peak grows by (fitted, benchmarks/ciml_cost.py).
+MESSAGE_MAPS, ATTENTION_MAPS, VARIATIONAL_MAPS = 0.5, 0.75, 1.9
+PART_AT_PEAK = 0.3
 
 
 class InformationGate(nn.Module):
@@ -86,11 +88,10 @@ class InformationGate(nn.Module):
         self.mean = topology.conv_op(channels, channels, 1, groups=num_messages)
         self.deviation = topology.conv_op(channels, channels, 1, groups=num_messages) if variational else None
 
-    def kept_maps(self) -> float:
-        """Feature maps of the stage that it keeps for the backward pass, with the skip that it makes."""
+    def feature_maps(self) -> float:
+        """Feature maps of its stage that it makes."""
         attention, variational = self.attention is not None, self.deviation is not None
-        per_message = MESSAGE_MAPS + ATTENTION_MAPS * attention + VARIATIONAL_MAPS * variational
-        return self.num_messages * per_message + MESSAGE_ONCE + ATTENTION_ONCE * attention
+        return self.num_messages * (MESSAGE_MAPS + ATTENTION_MAPS * attention + VARIATIONAL_MAPS * variational)
 
     def forward(self, own: Tensor, messages: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
         """Complementary information of each message, and its Kullback-Leibler divergence in training.
@@ -296,9 +297,8 @@ class CIMLBackbone(Backbone):
             total += segmentor.encoder.compute_conv_feature_map_size(patch_size)
             total += segmentor.decoder.compute_conv_feature_map_size(patch_size)
             total += sum(self.num_classes * size for size in sizes[1:-1])  # coarse logits; the head counts the finest
-            for gate, f, size in zip(segmentor.gates, features, sizes, strict=False):
-                total += int(gate.kept_maps() * f * size)
-        return total
+        gates = self.segmentors[0].gates
+        return total + (int(PART_AT_PEAK * gates[0].feature_maps() * features[0] * sizes[0]) if len(gates) else 0)
 
     def encoder_modalities(self) -> dict[str, list[list[int]]]:
         """Every encoder sees the primary modalities of its sub-task."""

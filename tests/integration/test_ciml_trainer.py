@@ -121,6 +121,7 @@ def test_groups_of_channels_and_a_decomposition_go_together_with_our_plans(tmp_p
     plans = nnunet.plans("own")
     plans["configurations"]["grouped"] = {
         "inherits_from": "3d_fullres",
+        "data_identifier": f"{PLANS}_3d_fullres",
         "nnunet_multimodal": {"modalities": [[0, 3], [1, 2]]},
     }
     nnunet.write_plans(plans)
