@@ -18,6 +18,7 @@ from tests.nnunet import DATASET, PLANS, NnUNet, segmentation
 
 SHOWS_A, SHOWS_B, BLIND = "T1", "T2", "PET"
 STATED = {SHOWS_A: ["A"], SHOWS_B: ["B"], BLIND: ["A", "B"]}
+CASES = 3
 LENGTH = "5epochs_40iterations"
 
 
@@ -42,12 +43,12 @@ def nnunet(tmp_path_factory):
     for sub in ("imagesTr", "labelsTr"):
         (folder / sub).mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for case in range(4):
+    for case in range(CASES):
         write_case(folder, f"case_{case}", rng)
     description = {
         "channel_names": {0: SHOWS_A, 1: SHOWS_B, 2: BLIND},
         "labels": {"background": 0, "A": 1, "B": 2},
-        "numTraining": 4,
+        "numTraining": CASES,
         "file_ending": ".nii.gz",
         "nnunet_multimodal": {"decomposition": STATED},
     }
@@ -103,7 +104,7 @@ def test_the_weights_point_at_the_modality_that_shows_the_region(explained):
 
 def test_leaving_out_points_at_the_modality_that_shows_the_region(explained):
     table = rows(explained / "contributions.csv")
-    assert len(table) == 4 * 3 * 2
+    assert len(table) == CASES * 3 * 2
     for label, shown in (("A", SHOWS_A), ("B", SHOWS_B)):
         for column in ("changed", "lost"):
             values = {
@@ -129,7 +130,7 @@ def test_maps_light_up_where_the_region_is_on_the_images_grid(explained, trained
     assert SimpleITK.ReadImage(str(file)).GetSpacing() == pytest.approx((1, 1, 3))
     assert heat[labels == 1].mean() > 5 * heat[labels == 0].mean()
     assert len(list((explained / "complementary").glob("case_1_*"))) == 4 * 2
-    assert all((explained / f"case_{case}.png").stat().st_size > 20000 for case in range(4))
+    assert all((explained / f"case_{case}.png").stat().st_size > 20000 for case in range(CASES))
 
 
 def test_maps_do_not_change_with_the_placeholder_of_an_absent_modality(trained, tmp_path):
@@ -173,7 +174,7 @@ def test_who_is_absent_explains_nothing(trained, tmp_path):
 
 
 def test_a_reference_on_another_grid_is_refused(trained, tmp_path):
-    for case in range(4):
+    for case in range(CASES):
         image = SimpleITK.ReadImage(str(trained.raw / DATASET / "labelsTr" / f"case_{case}.nii.gz"))
         image.SetOrigin((0.0, 5.0, 0.0))
         SimpleITK.WriteImage(image, str(tmp_path / f"case_{case}.nii.gz"))
@@ -193,7 +194,7 @@ def test_random_weights_destroy_the_maps(trained):
     index = next(i for i, pair in enumerate(pairs) if (pair.primary_name, pair.region_name) == (BLIND, "A"))
     trained_map = predictor.explain(preprocessed, pairs)[0][index, 0]
     alike = []
-    for seed in range(8):
+    for seed in range(5):
         torch.manual_seed(seed)
         predictor.network.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
         predictor.list_of_parameters = [{k: v.clone() for k, v in predictor.network.state_dict().items()}]
@@ -201,7 +202,7 @@ def test_random_weights_destroy_the_maps(trained):
         if random_map.any():
             alike.append(np.corrcoef(trained_map.ravel(), random_map.ravel())[0, 1])
     assert trained_map.any()
-    assert len(alike) >= 3
+    assert len(alike) >= 2
     assert np.mean(np.abs(alike)) < 0.6
 
 
