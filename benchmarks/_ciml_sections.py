@@ -38,11 +38,9 @@ def shape_composition(result: Result, table: Table) -> str:
 
 
 def ciml_cost(result: Result, table: Table) -> str:
-    """Multiples of nnU-Net, the estimate's error, and the two ways to run encoders."""
-    rows, ways = [], []
+    """Multiples of nnU-Net, and the estimate's error."""
+    rows = []
     for plan, figures in result["results"].items():
-        encoders = figures["encoders"]["grouped_times_loop"]
-        ways.append((plan, f"{encoders['median']:.2f} ({encoders['low']:.2f} to {encoders['high']:.2f})"))
         rows += [
             (
                 f"{plan}: {name}",
@@ -54,7 +52,7 @@ def ciml_cost(result: Result, table: Table) -> str:
                 f"{f['prediction_times']['median']:.2f}",
             )
             for name, f in figures.items()
-            if name != "encoders" and f["estimate_times"] != 1
+            if f["estimate_times"] != 1
         ]
     text = [
         "As multiples of nnU-Net's network on the same plan: the estimate that planning goes by, the memory that is",
@@ -62,11 +60,6 @@ def ciml_cost(result: Result, table: Table) -> str:
         f"step and of a prediction. Asked for: an error of at most {100 * result['bound']:.0f} %.",
         "",
         table(("", "estimate", "kept", "peak", "error", "step", "prediction"), rows),
-        "",
-        "All encoders at once, by grouped convolutions, as a multiple of the time of one after the other, which is how",
-        "they run:",
-        "",
-        table(("", "grouped / loop"), ways),
     ]
     return "\n".join(text)
 

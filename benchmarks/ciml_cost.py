@@ -1,22 +1,18 @@
-"""What CIML costs against plain nnU-Net on the same plan, whether planning knows it, and how to run several encoders.
+"""What CIML costs against plain nnU-Net on the same plan, and whether planning knows it.
 
 Memory: the estimate that planning compares (feature map elements) against what a training step really holds, both as
 multiples of nnU-Net's network: kept for the backward pass, exact and the same in every run, and the step's peak.
-Time: a training step and a prediction, contenders in turn. Encoders of the same shape: one after the other, as the
-backbone runs them, against all at once by grouped convolutions (torch.func.vmap over their stacked weights).
+Time: a training step and a prediction, contenders in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import _common as common
 import torch
 from crnp_cost import PLAIN, PLANS, Plan, Training
-from torch import Tensor
-from torch.func import functional_call, stack_module_state, vmap
 
 BOUND = 0.15
 CONTENDERS: dict[str, dict[str, Any] | None] = {
@@ -55,44 +51,7 @@ def measure(plan: Plan, modalities: int, args: argparse.Namespace, title: str) -
             "prediction_times": common.ratio(passes[name], passes[PLAIN]),
         }
         print(f"{title} {name:18}", {key: figures[name][key] for key in list(figures[name])[2:]})
-    return figures | {"encoders": encoders(trainings["CIML"], plan, args, title)}
-
-
-def encoders(training: Training, plan: Plan, args: argparse.Namespace, title: str) -> dict[str, Any]:
-    """Forward and backward pass of all encoders: in a loop, and at once."""
-    modules = [segmentor.encoder for segmentor in training.module.backbone.segmentors]
-    images = training.x.transpose(0, 1)[:, :, None].contiguous()  # (M, B, 1, *D)
-
-    def loop() -> list[Tensor]:
-        stages = [module(image) for module, image in zip(modules, images, strict=True)]
-        return [torch.stack(stage) for stage in zip(*stages, strict=True)]
-
-    def grouped() -> list[Tensor]:
-        parameters, buffers = stack_module_state(modules)
-
-        def one(own: dict[str, Tensor], own_buffers: dict[str, Tensor], image: Tensor) -> list[Tensor]:
-            return functional_call(modules[0], (own, own_buffers), (image,))
-
-        return vmap(one)(parameters, buffers, images)
-
-    for first, second in zip(loop(), grouped(), strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
-
-    def passes(call: Callable[[], list[Tensor]]) -> Callable[[], None]:
-        def run() -> None:
-            with common.autocast(args.device):
-                sum(stage.float().mean() for stage in call()).backward()
-
-        return run
-
-    calls = {"loop": passes(loop), "grouped": passes(grouped)}
-    seconds = common.interleaved(calls, args.repeats, args.device, f"{title}: encoders")
-    result = {
-        "loop_seconds": common.spread(seconds["loop"]),
-        "grouped_times_loop": common.ratio(seconds["grouped"], seconds["loop"]),
-    }
-    print(f"{title} encoders", result)
-    return result
+    return figures
 
 
 def main() -> None:

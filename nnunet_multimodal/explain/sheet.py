@@ -115,7 +115,7 @@ def _bars(axis: Any, contributions: Sequence[Contribution]) -> None:
     axis.set_yticks(np.arange(len(modalities)) + 0.4 - height / 2, modalities, fontsize=6)
     axis.tick_params(axis="x", labelsize=6)
     axis.invert_yaxis()
-    axis.legend(fontsize=5)
+    axis.legend(fontsize=5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(labels))
     axis.set_title("Dice lost without" if against_reference else "changed without (1 - Dice)", fontsize=7)
 
 
