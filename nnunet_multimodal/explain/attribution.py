@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,8 @@ class AttributionPredictor(ModelPredictor):
         Raises:
             UserError: captum is not there, several folds, or no steps.
         """
-        try:
-            import captum.attr  # noqa: F401
-        except ImportError as error:
-            raise UserError("--attribution needs captum: pip install 'nnunet-multimodal[explain]'") from error
+        if find_spec("captum") is None:
+            raise UserError("--attribution needs captum: pip install 'nnunet-multimodal[explain]'")
         if len(self.list_of_parameters) > 1:
             raise UserError(f"{len(self.list_of_parameters)} folds have attributions of their own; name one with -f")
         if steps < 1:

@@ -131,7 +131,7 @@ def draw_weights(weights: Sequence[tuple[str, str, str, float]], file: Path) -> 
     table = np.full((len(rows), len(columns)), np.nan)
     for primary, region, auxiliary, weight in weights:
         table[rows.index((primary, region)), columns.index(auxiliary)] = weight
-    figure = Figure(figsize=(1.5 + 0.9 * len(columns), 1.2 + 0.45 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(4.5, 2.2 + 0.9 * len(columns)), 1.2 + 0.45 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     image = axis.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
@@ -141,7 +141,7 @@ def draw_weights(weights: Sequence[tuple[str, str, str, float]], file: Path) -> 
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), [f"{primary}: {region}" for primary, region in rows])
     axis.set_xlabel("heard from")
-    axis.set_title("Complementary information weights", fontsize=10)
+    figure.suptitle("Complementary information weights", fontsize=10)
     figure.colorbar(image)
     _save(figure, file)
 
