@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nnunet_multimodal.backbones.base import UNetTopology
-from nnunet_multimodal.backbones.ciml import divergence_from_standard, sample
+from nnunet_multimodal.backbones.ciml import divergence_from_standard, sample, to_variance
 
 SIZE = 64
 NEEDED = {"dice": 0.98, "share": 0.8, "minutes": 20}
@@ -78,7 +78,7 @@ class Model(nn.Module):
         self.primary, self.auxiliary = topology.build_encoder(1), topology.build_encoder(1)
         self.fusions = nn.ModuleList(nn.Conv2d(2 * f, f, 3, padding=1) for f in topology.features_per_stage)
         self.filter, self.predictor = topology.build_decoder(), topology.build_decoder()
-        self.information = nn.Conv2d(features, 2, 1)  # mean and standard deviation before the softplus
+        self.information = nn.Conv2d(features, 2, 1)  # mean and standard deviation before the sigmoid
         self.output = nn.Sequential(nn.Conv2d(features + 1, features, 3, padding=1), nn.LeakyReLU(0.01))
         self.logits = nn.Conv2d(features, 1, 1)
 
@@ -89,8 +89,9 @@ class Model(nn.Module):
             fuse(torch.cat((p.detach(), a), 1)) for fuse, p, a in zip(self.fusions, primary, auxiliary, strict=True)
         ]
         mean, deviation = self.information(self.filter(fused)[0]).split(1, 1)
-        divergence = divergence_from_standard(mean, deviation)
-        kappa = sample(mean, deviation) if self.training else mean
+        variance = to_variance(deviation)
+        kappa = sample(mean, variance) if self.training else mean
+        divergence = divergence_from_standard(mean, variance)
         logits = self.logits(self.output(torch.cat((self.predictor(primary)[0], kappa), 1)))
         return logits, mean, divergence
 

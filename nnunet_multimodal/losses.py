@@ -34,7 +34,7 @@ class SubtaskLoss:
 
         Args:
             logits: of S segmentors (B, S, C, *D).
-            active: who answers for what (B, S, C), bool.
+            active: who answers for what (B, S, C), bool, on the CPU: it decides what is computed.
             target: nnU-Net's, labels (B, 1, *D) or regions (B, C, *D) and the ignored voxels.
         """
         total = logits.flatten()[:1].float().sum() * 0.0  # a gradient for those who answer for nothing
@@ -53,9 +53,8 @@ class SubtaskLoss:
             return torch.cat((target[:, : len(channels)][:, channels], target[:, len(channels) :]), 1)
         number = torch.where(channels, channels.cumsum(0) - 1, 0)
         if self.label_manager.has_ignore_label:
-            ignored = torch.tensor([self.label_manager.ignore_label], device=number.device)
-            number = torch.cat((number, ignored))
-        return number[target.long()].to(target.dtype)
+            number = torch.cat((number, torch.tensor([self.label_manager.ignore_label])))
+        return number.to(target.device)[target.long()].to(target.dtype)
 
 
 class Objective(nn.Module):
@@ -94,17 +93,18 @@ class Objective(nn.Module):
         if isinstance(output, Tensor):
             return self.segmentation_loss(output, target)
         targets, weights = ([target], [1.0]) if self.weights is None else (target, self.weights)
+        active = None if output.subtasks is None else output.subtasks.active.cpu()
         levels = enumerate(zip(weights, targets, (None, *output.coarse_logits), strict=True))
-        terms = [weight * self._at(output, level, target) for level, (weight, target, _) in levels if weight != 0]
+        terms = [weight * self._at(output, level, target, active) for level, (weight, target, _) in levels if weight]
         return sum([*terms[1:], *output.auxiliary_losses.values()], terms[0])
 
-    def _at(self, output: NetworkOutput, level: int, target: Tensor) -> Tensor:
+    def _at(self, output: NetworkOutput, level: int, target: Tensor, active: Tensor | None) -> Tensor:
         """The segmentation term of a resolution."""
         terms = []
         if level == 0 and self.distribution_loss is not None:
             terms.append(self.distribution_loss(output.distribution, target, self.progress))
-        if output.subtasks is not None and self.subtask_loss is not None:
-            terms.append(self.subtask_loss(output.subtasks.logits[level], output.subtasks.active, target))
+        if output.subtasks is not None and active is not None and self.subtask_loss is not None:
+            terms.append(self.subtask_loss(output.subtasks.logits[level], active, target))
         elif level > 0:
             terms.append(self.segmentation_loss(output[level], target))
         return sum(terms[1:], terms[0])

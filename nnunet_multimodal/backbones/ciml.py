@@ -11,7 +11,10 @@ Deviations from the paper, each with its reason:
 - A skip is the concatenation of the own embedding and the summed complementary information, reduced by a 1x1
   convolution to the planned width, so that segmentors keep nnU-Net's planned decoder. Table 1 feeds the doubled width
   to the decoder's first convolution, of which this is the factorised form.
-- The standard deviation is a softplus of its convolution; the paper does not say how it is kept positive.
+- The standard deviation is the sigmoid of its convolution; the paper does not say how it is kept positive. Above one
+  it could tell something by how much it spreads, which the mean, all that evaluation passes on, would lack
+  (``benchmarks/shape_composition.py``: with a softplus, Dice fell from 0.998 to 0.904 as training went on).
+- The decoder reads the sum over the messages, so one sample is drawn of the sum of their Gaussians.
 - The Kullback-Leibler term is the mean over the elements of each gate, averaged over the stages and over the messages
   that there are, so that its weight depends neither on the patch nor on the number of segmentors.
 - ``messages`` alone (Table 5, "+ Message") is the sum of 1x1 convolutions of the messages; the paper's one-layer
@@ -36,7 +39,6 @@ import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nnunet_multimodal.backbones.base import (
@@ -48,7 +50,7 @@ from nnunet_multimodal.backbones.base import (
 )
 from nnunet_multimodal.decomposition import check_subtasks, decompose
 
-MIN_DEVIATION = 1e-4
+MIN_VARIANCE = 1e-8
 # Feature maps that a gate makes for each message, in units of a convolution's, which autograd keeps twice (before and
 # after its normalisation). They are made again in the backward pass, a stage at a time, when the decoder has let go of
 # the finest ones: a part of the finest stage's is what the peak grows by (fitted, benchmarks/ciml_cost.py).
@@ -93,7 +95,7 @@ class InformationGate(nn.Module):
         return self.num_messages * (MESSAGE_MAPS + ATTENTION_MAPS * attention + VARIATIONAL_MAPS * variational)
 
     def forward(self, own: Tensor, messages: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Complementary information of each message, and its Kullback-Leibler divergence in training.
+        """The Gaussian of the complementary information of each message; in evaluation its mean alone.
 
         Args:
             own: the segmentor's embedding (B, F, *D).
@@ -101,31 +103,37 @@ class InformationGate(nn.Module):
             present: which of them are sent (B, K), bool.
 
         Returns:
-            kappa (B, K, F, *D), zero where nothing is sent: a sample in training, its mean in evaluation; and
-            KL(N(mu, sigma^2) || N(0, 1)), its mean over elements for each message (B, K), float32, or None.
+            mean and variance (B, K, F, *D), zero where nothing is sent; the variance is None in evaluation.
         """
         sent = present.view(*present.shape, *(1,) * own.ndim)[..., 0]  # (B, K, 1, *1)
         if self.attention is not None:
             pooled = torch.cat((messages.mean(2) * sent[:, :, 0], own.mean(1, keepdim=True)), 1)  # (B, K + 1, *D)
             messages = messages * self.attention(pooled)[:, :, None]
         messages = messages.flatten(1, 2)
-        mean = self.mean(messages).unflatten(1, (self.num_messages, -1))
+        mean = self.mean(messages).unflatten(1, (self.num_messages, -1)) * sent
         if self.deviation is None or not self.training:
-            return mean * sent, None
+            return mean, None
         deviation = self.deviation(messages).unflatten(1, (self.num_messages, -1))
-        return sample(mean, deviation) * sent, divergence_from_standard(mean, deviation)
+        return mean, to_variance(deviation) * sent
 
 
-def sample(mean: Tensor, deviation: Tensor) -> Tensor:
-    """Complementary information drawn from N(mean, softplus(deviation)^2), by reparameterisation (Eq. 9)."""
-    return mean + (F.softplus(deviation) + MIN_DEVIATION) * torch.randn_like(mean)
+def to_variance(deviation: Tensor) -> Tensor:
+    """The variance, 0 to 1 and float32, that a convolution's output stands for."""
+    with full_precision(deviation.device):
+        return deviation.float().sigmoid().square() + MIN_VARIANCE
 
 
-def divergence_from_standard(mean: Tensor, deviation: Tensor) -> Tensor:
-    """KL(N(mean, softplus(deviation)^2) || N(0, 1)), Eq. 10: its mean over elements (B, K, ...) -> (B, K), float32."""
+def sample(mean: Tensor, variance: Tensor) -> Tensor:
+    """Complementary information drawn from N(mean, variance), by reparameterisation (Eq. 9)."""
+    deviation = variance.clamp_min(MIN_VARIANCE).sqrt()  # without the bound, no gradient where nothing is sent
+    return mean + (deviation * torch.randn_like(deviation)).to(mean.dtype)
+
+
+def divergence_from_standard(mean: Tensor, variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(0, 1)), Eq. 10: its mean over elements (B, K, ...) -> (B, K), float32."""
     with full_precision(mean.device):
-        deviation = F.softplus(deviation.float()) + MIN_DEVIATION
-        divergence = 0.5 * (mean.float().square() + deviation.square() - 1) - deviation.log()
+        variance = variance.clamp_min(MIN_VARIANCE)
+        divergence = 0.5 * (mean.float().square() + variance - 1 - variance.log())
         return divergence.flatten(2).mean(2)
 
 
@@ -188,8 +196,12 @@ class Segmentor(nn.Module):
 
     def hear(self, stage: int, own: Tensor, present: Tensor, *messages: Tensor) -> tuple[Tensor, Tensor | None]:
         """A stage's skip: its embedding with what the others' (B, F, *D) add to it, and the divergences (B, K)."""
-        complement, divergence = self.gates[stage](own, torch.stack(messages, 1), present)
-        return self.reductions[stage](torch.cat((own, complement.sum(1)), 1)), divergence
+        mean, variance = self.gates[stage](own, torch.stack(messages, 1), present)
+        complement, divergence = mean.sum(1), None
+        if variance is not None:
+            complement = sample(complement, variance.sum(1))  # a sum of independent Gaussians, drawn at once
+            divergence = divergence_from_standard(mean, variance)
+        return self.reductions[stage](torch.cat((own, complement), 1)), divergence
 
 
 class CIMLBackbone(Backbone):

@@ -73,8 +73,8 @@ def trained(nnunet):
     return nnunet
 
 
-def explain(nnunet, output, *more, trainer=f"CIMLTrainer_{LENGTH}", images=None, fold="all"):
-    model = ("-d", "900", "-p", PLANS, "-tr", trainer, "-c", "2d", "-f", fold, "-device", "cpu")
+def explain(nnunet, output, *more, trainer=f"CIMLTrainer_{LENGTH}", images=None, configuration="2d"):
+    model = ("-d", "900", "-p", PLANS, "-tr", trainer, "-c", configuration, "-f", "all", "-device", "cpu")
     images = images or nnunet.raw / DATASET / "imagesTr"
     with nnunet.environment():
         assert cli.main(["explain", "-i", str(images), "-o", str(output), *model, *map(str, more)]) == 0
@@ -204,6 +204,87 @@ def test_random_weights_destroy_the_maps(trained):
     assert trained_map.any()
     assert len(alike) >= 2
     assert np.mean(np.abs(alike)) < 0.6
+
+
+# --- other data
+
+
+def check_shares(file, columns, cases):
+    """Each pair's shares are at least 0 and sum to 1, or there are none."""
+    found = {}
+    for row in rows(file):
+        found.setdefault(tuple(row[c] for c in columns), []).append(row[file_column(row)])
+    assert {key[0] for key in found} >= {f"case_{case}" for case in range(cases)}
+    for shares in found.values():
+        given = [float(share) for share in shares if share]
+        assert not given or (len(given) == len(shares) and sum(given) == pytest.approx(1, abs=1e-3) and min(given) >= 0)
+
+
+def file_column(row):
+    return "weight" if "weight" in row else "share"
+
+
+def test_regions_in_three_dimensions_after_a_cascades_first_stage(datasets, tmp_path):
+    nnunet, trainer = datasets("regions"), "CIMLTrainer_1epoch_2iterations"
+    nnunet.train(trainer, "3d_lowres", "all")
+    nnunet.train(trainer, "3d_cascade_fullres", "all")
+    raw = nnunet.raw / DATASET
+    first = nnunet.model(trainer, "3d_lowres") / "fold_all" / "validation"
+    flags = ("-ref", raw / "labelsTr", "-prev_stage_predictions", first, "--disable_tta")
+    flags += ("--attribution", "integrated_gradients", "--steps", 1)
+    output = explain(nnunet, tmp_path, *flags, trainer=trainer, configuration="3d_cascade_fullres")
+    image = raw / "imagesTr" / "case_0_0000.nii.gz"
+    patch = nnunet.plans()["configurations"]["3d_fullres"]["patch_size"]
+    assert any(size > side for size, side in zip(segmentation(image).shape, patch, strict=True))  # several tiles
+    maps = [*(output / "complementary").glob("case_0_*"), *(output / "attribution").glob("case_0_*")]
+    assert len(maps) == 3 * 2 * 2 + 2 * 3
+    for file in maps:
+        assert SimpleITK.ReadImage(str(file)).GetSpacing() == pytest.approx((1.0, 1.1, 1.5))
+        assert segmentation(file).shape == segmentation(image).shape
+        assert np.isfinite(segmentation(file)).all()
+    check_shares(output / "complementary_weights.csv", ("case", "primary", "region"), 5)
+    check_shares(output / "attribution.csv", ("case", "label"), 5)
+    assert {row["label"] for row in rows(output / "contributions.csv")} == {"whole", "lesion"}
+
+
+def test_colour_pictures(tmp_path):
+    """PNG: three channels in one file, no spacing."""
+    nnunet, trainer = NnUNet(tmp_path), "CIMLTrainer_1epoch_2iterations"
+    folder = nnunet.raw / DATASET
+    for sub in ("imagesTr", "labelsTr"):
+        (folder / sub).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for case in range(CASES):
+        labels = np.zeros((40, 36), np.uint8)
+        labels[8:20, 10 + case : 24] = 1
+        picture = rng.integers(0, 60, (40, 36, 3)) + 150 * (labels == 1)[..., None] * np.array([1, 0, 0])
+        for name, array in (
+            (f"imagesTr/case_{case}_0000", picture.astype(np.uint8)),
+            (f"labelsTr/case_{case}", labels),
+        ):
+            SimpleITK.WriteImage(
+                SimpleITK.GetImageFromArray(array, isVector=array.ndim == 3), str(folder / f"{name}.png")
+            )
+    description = {
+        "channel_names": {0: "R", 1: "G", 2: "B"},
+        "labels": {"background": 0, "A": 1},
+        "numTraining": CASES,
+        "file_ending": ".png",
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+    nnunet("nnUNetv2_extract_fingerprint", "-d", 900, "-np", 1)
+    nnunet(
+        "nnUNetv2_plan_experiment", "-d", 900, "-pl", "nnUNetPlannerTiny", "-gpu_memory_target", 0.005,
+        nnUNet_n_proc_DA="1",
+    )  # fmt: skip
+    nnunet("nnUNetv2_preprocess", "-d", 900, "-plans_name", PLANS, "-c", "2d", "-np", 1)
+    nnunet.train(trainer, "2d", "all")
+    output = explain(nnunet, tmp_path / "out", "-ref", folder / "labelsTr", trainer=trainer)
+    for case in range(CASES):
+        assert (output / f"case_{case}.png").stat().st_size > 10000
+        assert segmentation(output / "complementary" / f"case_{case}_R_A_from_G.nii.gz").squeeze().shape == (40, 36)
+    check_shares(output / "complementary_weights.csv", ("case", "primary", "region"), CASES)
+    assert len(rows(output / "contributions.csv")) == CASES * 3
 
 
 # --- other models

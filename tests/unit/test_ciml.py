@@ -7,6 +7,7 @@ from torch import distributions
 from torch.nn import functional as F
 
 from nnunet_multimodal.backbones.base import SubtaskLogits
+from nnunet_multimodal.backbones.ciml import divergence_from_standard, sample
 from nnunet_multimodal.losses import SubtaskLoss
 from nnunet_multimodal.network import MultimodalUNet
 from tests.contracts import NetworkContract, unet_kwargs, with_absent
@@ -40,8 +41,8 @@ def test_the_gate_follows_the_paper_message_by_message(attention):
     gate = BUILD({"attention": attention}).eval().backbone.segmentors[0].gates[1]
     own, messages = draw(2, 6, 4, 5, 3), draw(2, 2, 6, 4, 5, 3, seed=1)
     present = torch.tensor([[True, True], [False, True]])
-    kappa, divergence = gate(own, messages, present)
-    assert divergence is None
+    kappa, variance = gate(own, messages, present)
+    assert variance is None
     for b in range(2):
         maps = [m.mean(0) * here for m, here in zip(messages[b], present[b], strict=True)]
         pooled = torch.stack([*maps, own[b].mean(0)])
@@ -53,18 +54,45 @@ def test_the_gate_follows_the_paper_message_by_message(attention):
             torch.testing.assert_close(kappa[b, k], expected)
 
 
-def test_the_divergence_is_that_of_the_drawn_gaussian_from_the_standard_one():
+def test_the_divergence_is_that_of_the_gaussian_from_the_standard_one():
     gate = BUILD().train().backbone.segmentors[0].gates[0]
     own, messages, present = draw(1, 4, 4, 5, 3), draw(1, 2, 4, 4, 5, 3, seed=1), torch.ones(1, 2, dtype=torch.bool)
-    mean = gate.eval()(own, messages, present)[0]
-    gate.train()
-    torch.manual_seed(0)
-    drawn = torch.stack([gate(own, messages, present)[0] for _ in range(4000)])
-    divergence = gate(own, messages, present)[1]
-    torch.testing.assert_close(drawn.mean(0), mean, atol=0.1, rtol=0)
-    gaussian = distributions.Normal(mean, drawn.std(0))
+    mean, variance = gate(own, messages, present)
+    torch.testing.assert_close(mean, gate.eval()(own, messages, present)[0])
+    gaussian = distributions.Normal(mean, variance.sqrt())
     expected = distributions.kl_divergence(gaussian, distributions.Normal(0.0, 1.0)).flatten(2).mean(2)
-    torch.testing.assert_close(divergence, expected, rtol=0.05, atol=0)
+    torch.testing.assert_close(divergence_from_standard(mean, variance), expected)
+
+
+def test_a_skip_hears_the_sum_of_what_is_drawn_for_each_message():
+    segmentor = BUILD().train().backbone.segmentors[0]
+    own, messages = draw(1, 4, 4, 5, 3), draw(1, 2, 4, 4, 5, 3, seed=1)
+    heard = []
+    segmentor.reductions[0].register_forward_pre_hook(lambda _, args: heard.append(args[0][:, 4:]))
+    for present in (torch.tensor([[True, True]]), torch.tensor([[False, True]])):
+        heard.clear()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for _ in range(4000):
+                segmentor.hear(0, own, present, *messages.unbind(1))
+            mean, variance = segmentor.gates[0](own, messages, present)
+        drawn = torch.stack(heard)
+        of_each = torch.stack([sample(mean, variance).sum(1) for _ in range(4000)])
+        torch.testing.assert_close(drawn.mean(0), of_each.mean(0), atol=0.15, rtol=0)
+        torch.testing.assert_close(drawn.std(0), of_each.std(0), atol=0, rtol=0.15)
+
+
+def test_where_nothing_is_sent_nothing_is_heard_and_gradients_are_finite():
+    segmentor = BUILD().train().backbone.segmentors[0]
+    own = draw(1, 4, 4, 5, 3).requires_grad_()
+    messages = draw(1, 2, 4, 4, 5, 3, seed=1).requires_grad_()
+    heard = []
+    segmentor.reductions[0].register_forward_pre_hook(lambda _, args: heard.append(args[0][:, 4:]))
+    skip, divergence = segmentor.hear(0, own, torch.zeros(1, 2, dtype=torch.bool), *messages.unbind(1))
+    (skip.square().mean() + 0.0 * divergence.sum()).backward()
+    assert heard[0].abs().max() < 1e-3
+    assert own.grad.isfinite().all()
+    assert not messages.grad.any()
 
 
 def test_the_loss_counts_gates_between_present_segmentors_alone():
@@ -72,7 +100,7 @@ def test_the_loss_counts_gates_between_present_segmentors_alone():
     gates = [gate for segmentor in network.backbone.segmentors for gate in segmentor.gates]
     seen = []
     for gate in gates:
-        gate.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+        gate.register_forward_hook(lambda _, __, output: seen.append(divergence_from_standard(*output)))
     found = network(with_absent(DATA(), [(0, 1)])).auxiliary_losses["kl"]
     stages, total = len(gates) // 3, 0
     for s in range(3):
