@@ -15,6 +15,10 @@ COMMANDS = {
     "doctor": ("nnunet_multimodal.doctor", "check the installation and say what is wrong with it"),
     "demo": ("nnunet_multimodal.demo", "plain nnU-Net and CRNP side by side, on synthetic data or on yours"),
     "complete": ("nnunet_multimodal.complete", "placeholders for the modalities that cases lack, and back"),
+    "consensus": (
+        "nnunet_multimodal.raters.consensus",
+        "labelsTr from several raters: majority, STAPLE, or one",
+    ),
     "predict": ("nnunet_multimodal.inference.predict", "nnUNetv2_predict with samples, uncertainty maps and intervals"),
     "evaluate": ("nnunet_multimodal.evaluate", "Dice, HD95, surface distance, D_GED^2 and calibration of a folder"),
     "postprocess": ("nnunet_multimodal.postprocess", "turn a label that is hardly there into another one"),

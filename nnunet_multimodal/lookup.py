@@ -19,7 +19,7 @@ PREPROCESSING = "nnunetv2.preprocessing"
 # of a trainer, in this order: CRNPSSNModalityDropoutTrainer. Nothing here may import torch: every start of Python reads
 # this module's tables.
 _BACKBONES = {"early": "", "crnp": "CRNP", "shaspec": "ShaSpec", "ciml": "CIML"}
-_HEADS = {"deterministic": "", "ssn": "SSN", "ssn_diagonal": "SSNDiagonal"}
+_HEADS = {"deterministic": "", "mose": "MoSE", "ssn": "SSN", "ssn_diagonal": "SSNDiagonal"}
 _MODALITY_DROPOUT = {False: "", True: "ModalityDropout"}
 
 

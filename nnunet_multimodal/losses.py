@@ -7,10 +7,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
-from nnunet_multimodal.heads.base import DistributionLoss, SegmentationLoss
+from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.heads.base import DistributionLoss, SegmentationLoss, Step
 from nnunet_multimodal.network import MultimodalUNet, NetworkOutput
 
 
@@ -57,6 +59,47 @@ class SubtaskLoss:
         return number.to(target.device)[target.long()].to(target.dtype)
 
 
+class SoftTargets:
+    """nnU-Net's Dice and cross-entropy, also for probabilities as targets.
+
+    Args:
+        loss: nnU-Net's, of label maps.
+    """
+
+    def __init__(self, loss: DC_and_CE_loss) -> None:
+        self.loss = loss
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """A scalar, for label maps (B, 1, *D) or for probabilities (B, C, *D), which are all zero where ignored."""
+        if target.shape[1] == 1:
+            return self.loss(logits, target)
+        valid = target.sum(1, keepdim=True) > 0
+        dice = self.loss.dc(logits, target, loss_mask=valid) if self.loss.weight_dice else 0.0
+        cross_entropy = -(target * logits.float().log_softmax(1)).sum() / valid.sum().clamp_min(1)
+        return self.loss.weight_ce * cross_entropy + self.loss.weight_dice * dice
+
+
+def accept_soft_targets(loss: nn.Module, label_manager: LabelManager, predicts: bool) -> SegmentationLoss:
+    """A loss that takes the raters' mean as well.
+
+    Args:
+        loss: nnU-Net's; the one of regions takes soft targets as it is.
+        label_manager: nnU-Net's.
+        predicts: the backbone has segmentors with losses of their own.
+
+    Raises:
+        UserError: this loss is of labels alone.
+    """
+    if label_manager.has_regions:
+        return loss
+    if predicts or not isinstance(loss, DC_and_CE_loss):
+        what = "segmentors of CIML" if predicts else type(loss).__name__
+        raise UserError(
+            f"the raters' policy is 'mean', and {what} take label maps alone; give 'random' or 'consensus' in the plans"
+        )
+    return SoftTargets(loss)
+
+
 class Objective(nn.Module):
     """Weighted sum over resolutions, as nnU-Net's deep supervision, plus auxiliary losses.
 
@@ -68,7 +111,7 @@ class Objective(nn.Module):
             ones.
 
     Attributes:
-        progress: how much of the training will be done after this epoch, 0 to 1; the trainer sets it.
+        step: what the trainer says of the training and the batch.
     """
 
     def __init__(
@@ -83,7 +126,7 @@ class Objective(nn.Module):
         self.segmentation_loss = segmentation_loss
         self.subtask_loss = subtask_loss
         self.weights = weights
-        self.progress = 1.0
+        self.step = Step()
 
     def forward(self, output: NetworkOutput | Tensor, target: Any) -> Tensor:
         """Scalar loss of a network's output against nnU-Net's target (a list, finest first, with deep supervision).
@@ -102,7 +145,7 @@ class Objective(nn.Module):
         """The segmentation term of a resolution."""
         terms = []
         if level == 0 and self.distribution_loss is not None:
-            terms.append(self.distribution_loss(output.distribution, target, self.progress))
+            terms.append(self.distribution_loss(output.distribution, target, self.step))
         if output.subtasks is not None and active is not None and self.subtask_loss is not None:
             terms.append(self.subtask_loss(output.subtasks.logits[level], active, target))
         elif level > 0:
@@ -115,10 +158,18 @@ def build_objective(
     segmentation_loss: nn.Module,
     weights: Sequence[float] | None,
     label_manager: LabelManager,
+    soft_targets: bool = False,
 ) -> Objective:
-    """The objective of a network, from nnU-Net's loss and weights of the resolutions."""
+    """The objective of a network, from nnU-Net's loss and weights of the resolutions.
+
+    Raises:
+        UserError: targets are soft and the loss takes label maps alone.
+    """
+    of_logits: SegmentationLoss = segmentation_loss
+    if soft_targets:
+        of_logits = accept_soft_targets(segmentation_loss, label_manager, network.backbone.PREDICTS)
     subtask_loss = SubtaskLoss(segmentation_loss, label_manager) if network.backbone.PREDICTS else None
     # what the segmentors learn, a deterministic head need not learn again
     repeated = subtask_loss is not None and not network.head.STOCHASTIC
-    distribution_loss = None if repeated else network.build_loss(segmentation_loss, label_manager)
-    return Objective(distribution_loss, segmentation_loss, weights, subtask_loss)
+    distribution_loss = None if repeated else network.build_loss(of_logits, label_manager)
+    return Objective(distribution_loss, of_logits, weights, subtask_loss)

@@ -6,7 +6,8 @@ in a configuration (inherited like everything there), under one key:
     "3d_fullres": {..., "nnunet_multimodal": {"modalities": [[0], [1]], "crnp": {"fusion": "concat"}}}
 
 Besides methods there are ``modalities`` (image channels of each), ``dedicated`` (the only modalities that the network
-may see) and ``modality_dropout`` (options of :class:`~nnunet_multimodal.modalities.ModalityDropout`).
+may see), ``modality_dropout`` (options of :class:`~nnunet_multimodal.modalities.ModalityDropout`) and ``raters`` (of
+:class:`~nnunet_multimodal.raters.training.RaterPolicy`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def network_kwargs(configuration_manager: ConfigurationManager, backbone: str, h
             "use plans of nnUNetPlanner, nnUNetPlannerResEncM/L/XL or one of ours (-pl nnUNetPlannerCRNP)"
         )
     options = dict(configuration_manager.configuration.get(OPTIONS_KEY, {}))
-    known = (*NETWORK_OPTIONS, "modality_dropout", *BACKBONES, *HEADS)
+    known = (*NETWORK_OPTIONS, "modality_dropout", "raters", *BACKBONES, *HEADS)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
@@ -101,13 +102,13 @@ def resolve_options(
     return {backbone: {**dict.fromkeys(planned), **resolved, **stated}}
 
 
-def check_same_options(model_plans: Path, configuration: str, backbone: str, resolved: dict[str, Any]) -> None:
+def check_same_options(model_plans: Path, configuration: str, part: str, resolved: dict[str, Any]) -> None:
     """Refuse to go on with a model whose weights were trained with other options from the data set.
 
     Args:
         model_plans: plans.json of the model, which need not be there.
         configuration: name of the configuration.
-        backbone: name of the backbone.
+        part: name of the backbone or head.
         resolved: its options now.
 
     Raises:
@@ -115,10 +116,10 @@ def check_same_options(model_plans: Path, configuration: str, backbone: str, res
     """
     if not model_plans.is_file():
         return
-    trained = load_json(str(model_plans))["configurations"].get(configuration, {}).get(OPTIONS_KEY, {}).get(backbone)
+    trained = load_json(str(model_plans))["configurations"].get(configuration, {}).get(OPTIONS_KEY, {}).get(part)
     if trained is not None and trained != resolved:
         raise UserError(
-            f"{model_plans}: the model is trained with {backbone!r} {trained}, and dataset.json and plans now say "
+            f"{model_plans}: the model is trained with {part!r} {trained}, and dataset.json and plans now say "
             f"{resolved}; restore them, or train under another plans name (-overwrite_plans_name)"
         )
 

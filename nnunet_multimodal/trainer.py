@@ -18,12 +18,15 @@ from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.doctor import hook_file
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.heads import HEADS
+from nnunet_multimodal.heads.base import RaterLabels
 from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.modalities import ModalityDropout
 from nnunet_multimodal.network import MultimodalUNet, build, unwrap
 from nnunet_multimodal.planning import OPTIONS_KEY, check_same_options, network_kwargs, resolve_options
 from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, cases_without, check_incomplete
-from nnunet_multimodal.transforms import keep_foreground
+from nnunet_multimodal.raters.preprocessing import raters_folder
+from nnunet_multimodal.raters.training import CONSENSUS, MEAN, RANDOM, RaterDataset, RaterPolicy, split_targets
+from nnunet_multimodal.transforms import keep_foreground, keep_raters
 
 
 class GroupPolyLRScheduler(PolyLRScheduler):
@@ -59,10 +62,18 @@ class MultimodalTrainer(nnUNetTrainer):
         options = self.configuration_manager.configuration.get(OPTIONS_KEY, {})
         dropout = options.get("modality_dropout", {})
         self.dropout = build(ModalityDropout, "modality dropout", dropout) if self.modality_dropout else None
+        usual = {"policy": RANDOM if HEADS[self.head].STOCHASTIC else CONSENSUS}
+        outputs = self.label_manager, self.label_manager.num_segmentation_heads
+        self.rater_policy = build(RaterPolicy, "raters", {**usual, **options.get("raters", {})}, *outputs)
+        self.raters: RaterDataset | None = None
         resolved = resolve_options(self.configuration_manager, self.backbone, self.dataset_json, self.label_manager)
+        of_head = HEADS[self.head].dataset_options(self.label_manager)
+        if of_head:
+            resolved[self.head] = {**options.get(self.head, {}), **of_head}
         if resolved:  # in the model's plans.json too, for the predictor
             model_plans = Path(self.output_folder_base) / "plans.json"
-            check_same_options(model_plans, self.configuration_name, self.backbone, resolved[self.backbone])
+            for part, own in resolved.items():
+                check_same_options(model_plans, self.configuration_name, part, own)
             own = self.plans_manager.plans["configurations"][self.configuration_name]
             self.configuration_manager.configuration[OPTIONS_KEY] = own[OPTIONS_KEY] = {**options, **resolved}
         check_incomplete(
@@ -120,9 +131,19 @@ class MultimodalTrainer(nnUNetTrainer):
 
     @classmethod
     def get_training_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's, with its non-zero mask kept for a head that wants it."""
-        transforms = super().get_training_transforms(*args, **kwargs)
+        """nnU-Net's, with its non-zero mask kept for a head that wants it, and with raters."""
+        transforms = keep_raters(super().get_training_transforms(*args, **kwargs), kwargs.get("is_cascaded", False))
         return keep_foreground(transforms) if HEADS[cls.head].NEEDS_FOREGROUND else transforms
+
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        """nnU-Net's, the training cases with their raters if there are any and somebody asks for them."""
+        training, validation = super().get_tr_and_val_datasets()
+        folder = raters_folder(self.preprocessed_dataset_folder)
+        asked = HEADS[self.head].FITS_RATERS or self.rater_policy.policy != CONSENSUS
+        if folder.is_dir() and asked:
+            training = self.raters = RaterDataset(training, folder)
+            self.print_to_log_file(f"Raters of every case, policy {self.rater_policy.policy!r}: {folder}")
+        return training, validation
 
     @classmethod
     def get_validation_transforms(cls, *args: Any, **kwargs: Any) -> BasicTransform:
@@ -133,7 +154,8 @@ class MultimodalTrainer(nnUNetTrainer):
     def on_epoch_start(self) -> None:
         """nnU-Net's, and the loss is told how far the training is."""
         super().on_epoch_start()
-        self.loss.progress = (self.current_epoch + 1) / self.num_epochs
+        self.loss.step.progress = (self.current_epoch + 1) / self.num_epochs
+        self.loss.step.epoch_losses = tuple(self.logger.get_value("train_losses", step=None)[: self.current_epoch])
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's, on the modalities that :class:`ModalityDropout` leaves."""
@@ -143,14 +165,31 @@ class MultimodalTrainer(nnUNetTrainer):
             progress = self.current_epoch / self.num_epochs
             data = batch["data"].to(self.device, non_blocking=True)
             batch = {**batch, "data": self.dropout(data, groups, progress)}
-        return super().train_step(batch)
+        if self.raters is None:
+            return super().train_step(batch)
+        try:
+            return super().train_step(self._with_raters(batch))
+        finally:
+            self.loss.step.raters = None
+
+    def _with_raters(self, batch: dict) -> dict:
+        """The batch with the target that the policy makes of its raters; the loss is told all of them."""
+        assert self.raters is not None
+        own, raters = split_targets(batch["target"], self.raters.num_raters, self.label_manager.has_regions)
+        weights = torch.stack([self.raters.weights[key] for key in batch["keys"]])
+        raters = [labels.to(self.device, non_blocking=True) for labels in raters]
+        weights = weights.to(self.device)
+        if HEADS[self.head].FITS_RATERS:
+            self.loss.step.raters = RaterLabels(raters[0], weights)
+        return {**batch, "target": self.rater_policy(own, raters, weights)}
 
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
         weights = None
         if self.enable_deep_supervision:
             loss, weights = loss.loss, loss.weight_factors
-        return build_objective(unwrap(self.network), loss, weights, self.label_manager)
+        soft = self.rater_policy.policy == MEAN
+        return build_objective(unwrap(self.network), loss, weights, self.label_manager, soft)
 
 
 def split_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:

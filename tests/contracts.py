@@ -280,7 +280,7 @@ class TrainerContract:
 
         nnunet = datasets("labels")
         trainer = self.prepared(nnunet, self.short)
-        trainer.loss.progress = 0.0  # the warm-up, where a head has one
+        trainer.loss.step.progress = 0.0  # the warm-up, where a head has one
         stock = nnUNetTrainer._build_loss(trainer)
         with nnunet.environment():
             batch = next(trainer.get_dataloaders()[0])

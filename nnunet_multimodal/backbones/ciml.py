@@ -11,9 +11,9 @@ Deviations from the paper, each with its reason:
 - A skip is the concatenation of the own embedding and the summed complementary information, reduced by a 1x1
   convolution to the planned width, so that segmentors keep nnU-Net's planned decoder. Table 1 feeds the doubled width
   to the decoder's first convolution, of which this is the factorised form.
-- The standard deviation is the sigmoid of its convolution; the paper does not say how it is kept positive. Above one
-  it could tell something by how much it spreads, which the mean, all that evaluation passes on, would lack
-  (``benchmarks/shape_composition.py``: with a softplus, Dice fell from 0.998 to 0.904 as training went on).
+- The standard deviation is the sigmoid of its convolution; the paper does not say how it is kept positive. Above the
+  prior's it could tell something by how much it spreads, which the mean, all that evaluation passes on, would lack (on
+  ``benchmarks/shape_composition.py`` a softplus made no difference).
 - The decoder reads the sum over the messages, so one sample is drawn of the sum of their Gaussians.
 - The Kullback-Leibler term is the mean over the elements of each gate, averaged over the stages and over the messages
   that there are, so that its weight depends neither on the patch nor on the number of segmentors.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -11,8 +12,48 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
 SegmentationLoss = Callable[[Tensor, Tensor], Tensor]
-# (distribution, target, progress): how much of the training will be done after this epoch, 0 to 1
-DistributionLoss = Callable[[Any, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class RaterLabels:
+    """The annotations of a batch.
+
+    Attributes:
+        labels: label maps (B, M, *D).
+        weights: (B, M), which sum to 1; 0 where a case has fewer raters.
+    """
+
+    labels: Tensor
+    weights: Tensor
+
+    def encode(self, num_classes: int, label_manager: LabelManager) -> tuple[Tensor, Tensor | None]:
+        """Indicators of classes or regions (B, M, C, *D) bool, and the voxels that count (B, M, *D) or None."""
+        labels, ignored = self.labels, label_manager.ignore_label
+        if label_manager.has_regions:
+            regions = [torch.as_tensor(region, device=labels.device) for region in label_manager.foreground_regions]
+            indicator = torch.stack([torch.isin(labels, region) for region in regions], 2)
+        else:
+            classes = torch.arange(num_classes, device=labels.device).view(-1, *(1,) * (labels.ndim - 2))
+            indicator = labels[:, :, None] == classes
+        return indicator, None if ignored is None else labels != ignored
+
+
+@dataclass
+class Step:
+    """What a loss may know besides output and target; the trainer keeps it up to date.
+
+    Attributes:
+        progress: how much of the training will be done after this epoch, 0 to 1.
+        epoch_losses: mean training losses of the epochs before.
+        raters: the batch's annotations at full resolution; None where there is but one, nnU-Net's target.
+    """
+
+    progress: float = 1.0
+    epoch_losses: Sequence[float] = ()
+    raters: RaterLabels | None = None
+
+
+DistributionLoss = Callable[[Any, Tensor, Step], Tensor]
 
 
 class LogitDistribution(Protocol):
@@ -30,11 +71,17 @@ class BlendableLogits(LogitDistribution, Protocol):
     """A distribution that a sliding window can put together from tiles, for samples of whole images."""
 
     def blendable(self) -> Tensor:
-        """(B, K, *D), the mean first: parameters in which every sample is linear, so that a sample of blended
-        parameters is the same as blended samples of tiles with the same noise.
-        """
+        """(B, K, *D), the mean first: parameters that can be averaged over tiles."""
 
-    def scaled(self, temperature: float = 1.0, class_scale: Tensor | None = None) -> BlendableLogits:
+
+class ImageLogits(Protocol):
+    """The distribution of a whole image, put together from its tiles."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(1, C, *D)."""
+
+    def scaled(self, temperature: float = 1.0, class_scale: Tensor | None = None) -> ImageLogits:
         """The distribution with all deviations from its mean, or those of a class, multiplied."""
 
     def draw(self, num_samples: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -49,6 +96,7 @@ class Head(nn.Module, ABC):
 
     NEEDS_FOREGROUND: ClassVar[bool] = False  # in training, nnU-Net's non-zero mask
     STOCHASTIC: ClassVar[bool] = False  # its distributions are BlendableLogits
+    FITS_RATERS: ClassVar[bool] = False  # its loss takes all annotations of an image at once
 
     @abstractmethod
     def forward(
@@ -75,7 +123,7 @@ class Head(nn.Module, ABC):
     def drop_segmentation_layers(self) -> None:
         """The backbone predicts by itself."""
 
-    def blended(self, parameters: Tensor, foreground: Tensor) -> BlendableLogits:
+    def blended(self, parameters: Tensor, foreground: Tensor) -> ImageLogits:
         """The distribution over a whole image, for heads that are ``STOCHASTIC``.
 
         Args:
@@ -92,6 +140,11 @@ class Head(nn.Module, ABC):
         """K, how many parameters a voxel has; 0 for a deterministic head."""
         return 0
 
+    @classmethod
+    def dataset_options(cls, label_manager: LabelManager) -> dict[str, Any]:
+        """Options that follow from the data set; the trainer writes them into the model's plans."""
+        return {}
+
     @abstractmethod
     def coarse_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A logit map for every coarser stage, finest first: nnU-Net's deep supervision."""
@@ -107,3 +160,14 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
         """Feature map elements of one sample, nnU-Net's measure of memory."""
+
+
+def encode_target(target: Tensor, num_classes: int, label_manager: LabelManager) -> tuple[Tensor, Tensor | None]:
+    """nnU-Net's target as indicator of classes or regions (B, C, *D), and the voxels that count (B, 1, *D) or None."""
+    if target.shape[1] == num_classes > 1 and not label_manager.has_regions:  # soft; all zero where ignored
+        return target, target.sum(1, keepdim=True) > 0 if label_manager.has_ignore_label else None
+    if label_manager.has_regions:
+        ignored = target[:, num_classes:].bool() if label_manager.has_ignore_label else None
+        return target[:, :num_classes], None if ignored is None else ~ignored
+    classes = torch.arange(num_classes, device=target.device).view(1, -1, *(1,) * (target.ndim - 2))
+    return target == classes, target != label_manager.ignore_label if label_manager.has_ignore_label else None

@@ -62,7 +62,7 @@ class DeterministicHead(Head):
 
     def build_loss(self, segmentation_loss: SegmentationLoss, label_manager: LabelManager) -> DistributionLoss:
         """nnU-Net's loss of the mean."""
-        return lambda distribution, target, progress: segmentation_loss(distribution.mean, target)
+        return lambda distribution, target, step: segmentation_loss(distribution.mean, target)
 
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
         """Feature map elements of one sample, nnU-Net's measure of memory."""

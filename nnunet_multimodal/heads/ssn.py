@@ -43,7 +43,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from nnunet_multimodal.backbones.base import UNetTopology, full_precision
-from nnunet_multimodal.heads.base import DistributionLoss, SegmentationLoss
+from nnunet_multimodal.heads.base import DistributionLoss, SegmentationLoss, Step, encode_target
 from nnunet_multimodal.heads.deterministic import DeterministicHead
 from nnunet_multimodal.heads.streamed import Noise, SampleLogLikelihood
 
@@ -254,9 +254,9 @@ class SSNHead(DeterministicHead):
     def build_loss(self, segmentation_loss: SegmentationLoss, label_manager: LabelManager) -> DistributionLoss:
         """Negative log-likelihood (Eq. 7), after the warm-up, and nnU-Net's loss of the mean."""
 
-        def loss(distribution: LowRankGaussianLogits, target: Tensor, progress: float) -> Tensor:
+        def loss(distribution: LowRankGaussianLogits, target: Tensor, step: Step) -> Tensor:
             mean_loss = segmentation_loss(distribution.mean, target)
-            if progress <= self.warm_up:
+            if step.progress <= self.warm_up:
                 # DistributedDataParallel stops on a parameter without a gradient
                 return mean_loss + 0 * (distribution.cov_factor.sum() + distribution.cov_diag.sum())
             nats = self.negative_log_likelihood(distribution, target, label_manager)
@@ -285,12 +285,3 @@ class SSNDiagonalHead(SSNHead):
 
     def __init__(self, topology: UNetTopology, num_classes: int, **options: Any) -> None:
         super().__init__(topology, num_classes, rank=0, **options)
-
-
-def encode_target(target: Tensor, num_classes: int, label_manager: LabelManager) -> tuple[Tensor, Tensor | None]:
-    """nnU-Net's target as indicator of classes or regions (B, C, *D), and the voxels that count (B, 1, *D) or None."""
-    if label_manager.has_regions:
-        ignored = target[:, num_classes:].bool() if label_manager.has_ignore_label else None
-        return target[:, :num_classes], None if ignored is None else ~ignored
-    classes = torch.arange(num_classes, device=target.device).view(1, -1, *(1,) * (target.ndim - 2))
-    return target == classes, target != label_manager.ignore_label if label_manager.has_ignore_label else None

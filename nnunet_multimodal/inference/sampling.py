@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_multimodal.heads.base import BlendableLogits
+from nnunet_multimodal.heads.base import ImageLogits
 from nnunet_multimodal.inference.base import ModelPredictor
 from nnunet_multimodal.network import MultimodalUNet, unwrap
 
@@ -35,7 +35,7 @@ class ImageDistribution:
     """
 
     mean: Tensor
-    folds: tuple[BlendableLogits, ...] = ()
+    folds: tuple[ImageLogits, ...] = ()
     members: tuple[Tensor, ...] = ()
 
     def count(self, num_samples: int) -> int:

@@ -9,7 +9,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch.nn import functional as F
 
 from nnunet_multimodal.heads import ssn, streamed
-from nnunet_multimodal.heads.ssn import LowRankGaussianLogits, encode_target
+from nnunet_multimodal.heads.base import Step, encode_target
+from nnunet_multimodal.heads.ssn import LowRankGaussianLogits
 from nnunet_multimodal.network import MultimodalUNet
 from tests.contracts import MODALITIES, NetworkContract, unet_kwargs
 
@@ -285,14 +286,14 @@ def test_warm_up_trains_the_mean_alone_and_leaves_no_parameter_without_gradient(
     output = made(torch.randn(2, MODALITIES, 8, 8))
     target = torch.randint(0, 3, (2, 1, 8, 8))
     loss = made.build_loss(lambda logits, target: logits.square().mean(), labels_of())
-    assert loss(output.distribution, target, 0.25) == output[0].square().mean()
-    loss(output.distribution, target, 0.25).backward(retain_graph=True)
+    assert loss(output.distribution, target, Step(0.25)) == output[0].square().mean()
+    loss(output.distribution, target, Step(0.25)).backward(retain_graph=True)
     assert made.head.factor_layer.weight.grad.abs().max() == 0
     assert made.head.seg_layers[0].weight.grad.abs().max() > 0
     torch.manual_seed(3)
     nats = made.head.negative_log_likelihood(output.distribution, target, labels_of())
     torch.manual_seed(3)
-    both = loss(output.distribution, target, 0.26)
+    both = loss(output.distribution, target, Step(0.26))
     torch.testing.assert_close(both, 20 * nats + output[0].square().mean())
     both.backward()
     assert made.head.factor_layer.weight.grad.abs().max() > 0
@@ -342,7 +343,7 @@ def test_half_precision_training_survives_degenerate_data():
             target = torch.zeros(2, 1, 8, 8, dtype=torch.long)
             target[:, 0, 4, 4] = step % 2
             with torch.autocast("cpu", dtype):
-                value = loss(made(image).distribution, target, 1.0)
+                value = loss(made(image).distribution, target, Step())
             assert value.dtype == torch.float32
             optimizer.zero_grad()
             value.backward()

@@ -1,0 +1,436 @@
+"""MoSE: a mixture of stochastic experts, fitted to the raters of each image by optimal transport.
+
+Gao, Chen, Zhang, He: *Modeling Multimodal Aleatoric Uncertainty in Segmentation with Mixture of Stochastic Experts*,
+ICLR 2023. K experts share the backbone. Expert k is a Gaussian over an L-dimensional latent, which modulates the last
+decoder features; a gating network weights the experts for every image. N = K S samples with weights pi_k / S are
+compared with the annotations: the loss is the cost of the cheapest transport between them, plus the Kullback-Leibler
+divergence of the weights from what the transport takes of each sample.
+
+Deviations from the paper and its code, and why:
+
+- The transport with a limit (gamma < 1) is solved exactly, as a linear program of the whole batch; the authors' code
+  assigns greedily, which is up to 13 % above the optimum and breaks the limit for raters of unequal weight.
+- The Kullback-Leibler term is that of an image. The authors' code averages it over the samples too, which makes their
+  weights of 1 (all raters) and 10 (one rater) a 16th of that here, with their 16 samples: ``kl_weight`` 1/16 and 10/16.
+- gamma becomes 1 when the mean loss of an epoch has not improved for ``patience`` of the training, and at the latest
+  after half of it. The authors' code watches a running mean over the whole training, which hardly ever stops falling.
+- The first of the 1x1 convolutions has no normalisation either; with one, it would take out the modulation again.
+- The mean prediction takes each expert's latents at fixed points of low discrepancy instead of random ones, so that
+  nnU-Net's predictor gives the same result every time.
+- Deep supervision is nnU-Net's: its own loss of 1x1 convolutions at the coarser stages.
+- With a backbone that predicts by itself (CIML) its logits are added to every sample's.
+- Over the tiles of an image features and expert weights are blended, and samples made of the blended features. Samples
+  are not linear in them, as SSN's are; in exchange there can be any number of samples from one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nnunet_multimodal.backbones.base import UNetTopology, check_choice, full_precision
+from nnunet_multimodal.heads.base import DistributionLoss, SegmentationLoss, Step, encode_target
+from nnunet_multimodal.heads.deterministic import DeterministicHead
+from nnunet_multimodal.metrics.transport import transport_plan
+
+MIN_SCALE = 1e-5  # paper: (features + a(z)) * (b(z) + 1e-5)
+INITIAL_DEVIATION = 1 / 8
+SMOOTH = 1.0  # of the IoU
+MIN_PROBABILITY = 1e-6
+COSTS = ("iou", "cross_entropy")
+MIN_IMPROVEMENT = 1e-3  # of an epoch's loss, relative, to count as one
+DRAW_CHUNK = 2**18  # voxels of an image that a sample is made of at once
+
+
+@dataclass(frozen=True)
+class ExpertMixture:
+    """Weighted samples of a mixture of experts, and what further samples can be made of.
+
+    Attributes:
+        samples: logits (B, N, C, *D).
+        sample_weights: (B, N), which sum to 1.
+        features: what samples are made of (B, F, *D).
+        expert_weights: pi (B, K).
+        has_regions: output channels are regions.
+    """
+
+    samples: Tensor
+    sample_weights: Tensor
+    features: Tensor
+    expert_weights: Tensor
+    has_regions: bool
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Logits (B, C, *D) of the weighted mean probability."""
+        return mixture_logits(self.samples.unbind(1), self.sample_weights.unbind(1), self.has_regions)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Samples (*sample_shape, B, C, *D), drawn by their weights."""
+        chosen = torch.multinomial(self.sample_weights, math.prod(sample_shape), replacement=True)  # (B, count)
+        batch = torch.arange(len(chosen), device=chosen.device)[:, None]
+        drawn = self.samples[batch, chosen].transpose(0, 1)
+        return drawn.reshape(*sample_shape, *drawn.shape[1:])
+
+    def blendable(self) -> Tensor:
+        """Mean, features and the experts' weights everywhere: (B, C + F + K, *D)."""
+        space = self.features.shape[2:]
+        weights = self.expert_weights.view(*self.expert_weights.shape, *(1,) * len(space)).expand(-1, -1, *space)
+        return torch.cat((self.mean, self.features.to(self.mean.dtype), weights.to(self.mean.dtype)), 1)
+
+
+@dataclass(frozen=True)
+class ImageMixture:
+    """The mixture of a whole image, of blended features.
+
+    Attributes:
+        head: makes samples.
+        loc: logits of the mean (1, C, *D).
+        features: (F, *D).
+        expert_weights: (K,), which sum to 1.
+        temperature: factor on deviations from the mean.
+        class_scale: (C,), factors on those of each class; None: 1.
+    """
+
+    head: MoSEHead
+    loc: Tensor
+    features: Tensor
+    expert_weights: Tensor
+    temperature: float = 1.0
+    class_scale: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """(1, C, *D)."""
+        return self.loc
+
+    def scaled(self, temperature: float = 1.0, class_scale: Tensor | None = None) -> ImageMixture:
+        """With other deviations from the same mean."""
+        return replace(self, temperature=self.temperature * temperature, class_scale=class_scale)
+
+    def draw(self, num_samples: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Independent samples (C, *D), float32, of equal weight: experts are drawn by theirs."""
+        weights = self.expert_weights.to(generator.device)
+        experts = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
+        yield from self._decode(experts, generator)
+
+    def draw_compact(self, num_samples: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Samples (C, *D) of all experts in turn, for the weights that ``compact_weights`` tells."""
+        yield from self._decode(torch.arange(num_samples) % self.head.num_experts, generator)
+
+    def compact_weights(self, num_samples: int) -> Tensor:
+        """Weights (num_samples,) of the samples of ``draw_compact``: each expert's, shared by its samples."""
+        experts = torch.arange(num_samples) % self.head.num_experts
+        weights = self.expert_weights.cpu()[experts] / experts.bincount(minlength=self.head.num_experts)[experts]
+        return weights / weights.sum()
+
+    def _decode(self, experts: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        for expert in experts.tolist():
+            noise = torch.randn(self.head.latent_dimension, generator=generator, device=generator.device)
+            sample = self.head.decode_image(self.features, expert, noise)
+            if self.temperature != 1 or self.class_scale is not None:
+                scale = torch.full((len(sample),), self.temperature)
+                scale = scale if self.class_scale is None else scale * self.class_scale.cpu()
+                mean = self.loc[0].to(sample)
+                sample = mean + scale.to(sample).view(-1, *(1,) * (sample.ndim - 1)) * (sample - mean)
+            yield sample
+
+
+class MoSEHead(DeterministicHead):
+    """Experts, modulation, gating; nnU-Net's segmentation layers at the coarser stages.
+
+    Args:
+        topology: the network's.
+        num_classes: C.
+        num_experts: K.
+        samples_per_expert: S, in training and for the mean prediction.
+        latent_dimension: L.
+        cost: ``iou`` or ``cross_entropy``, between a sample and an annotation.
+        kl_weight: beta, of an image's Kullback-Leibler term.
+        limit: gamma at the beginning: no sample may take more of the annotations than this.
+        patience: part of the training without improvement after which gamma becomes 1.
+        has_regions: output channels are regions; resolved by the trainer.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    STOCHASTIC = True
+    FITS_RATERS = True
+    points: Tensor
+
+    def __init__(
+        self,
+        topology: UNetTopology,
+        num_classes: int,
+        num_experts: int = 4,
+        samples_per_expert: int = 4,
+        latent_dimension: int = 1,
+        cost: str = "iou",
+        kl_weight: float = 1 / 16,
+        limit: float = 0.5,
+        patience: float = 0.05,
+        has_regions: bool = False,
+    ) -> None:
+        super().__init__(topology, num_classes)
+        if min(num_experts, samples_per_expert, latent_dimension) < 1 or not 0 <= kl_weight < math.inf:
+            raise ValueError(
+                f"num_experts {num_experts}, samples_per_expert {samples_per_expert}, latent_dimension "
+                f"{latent_dimension}, kl_weight {kl_weight} for MoSE: the first three must be at least 1, the weight "
+                "at least 0; correct them in the plans file"
+            )
+        samples = num_experts * samples_per_expert
+        if not 1 / samples <= limit <= 1 or not 0 <= patience <= 1:
+            raise ValueError(
+                f"limit {limit}, patience {patience} for MoSE: the limit must be at least 1 / {samples} samples and at "
+                "most 1, the patience between 0 and 1; correct them in the plans file"
+            )
+        self.cost = check_choice("MoSE", "cost", cost, COSTS)
+        self.num_experts, self.samples_per_expert, self.latent_dimension = (
+            num_experts, samples_per_expert, latent_dimension,
+        )  # fmt: skip
+        self.kl_weight, self.limit, self.patience, self.has_regions = kl_weight, limit, patience, has_regions
+        features, deepest = topology.features_per_stage[0], topology.bottleneck_features
+        spread = torch.linspace(-1, 1, num_experts)[:, None] if num_experts > 1 else torch.zeros(1, 1)
+        spread = spread if latent_dimension == 1 else torch.randn(num_experts, latent_dimension)
+        self.expert_mean = nn.Parameter(spread)
+        self.expert_log_deviation = nn.Parameter(torch.full_like(spread, math.log(INITIAL_DEVIATION)))
+        self.shift, self.scale = (nn.Linear(latent_dimension, features) for _ in range(2))
+        self.convolutions = nn.Sequential(
+            *(
+                layer
+                for _ in range(3)
+                for layer in (topology.conv_op(features, features, 1, bias=True), nn.LeakyReLU(0.01, inplace=True))
+            ),
+            topology.conv_op(features, num_classes, 1, bias=True),
+        )
+        self.gating = nn.Sequential(
+            nn.Linear(deepest, deepest), nn.LeakyReLU(0.01), nn.Linear(deepest, deepest), nn.LeakyReLU(0.01),
+            nn.Linear(deepest, num_experts),
+        )  # fmt: skip
+        self.register_buffer("points", standard_points(samples_per_expert, latent_dimension), persistent=False)
+        self.seg_layers[0] = nn.Identity()  # its place is taken by the experts; the names of the others stay
+
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        bottleneck: Tensor,
+        foreground: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> ExpertMixture:
+        """See ``nnunet_multimodal.heads.base``."""
+        base = self.base(features, logits)
+        pi, latents, weights = self.experts(bottleneck)
+        again = self.training and torch.is_grad_enabled()
+        samples = [
+            checkpoint(self.decode, base, z, use_reentrant=False) if again else self.decode(base, z)
+            for z in latents.unbind(1)
+        ]
+        return ExpertMixture(torch.stack(samples, 1), weights, base, pi, self.has_regions)
+
+    def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Logits of the weighted mean probability (B, C, *D), one sample at a time."""
+        base = self.base(features, logits)
+        _, latents, weights = self.experts(bottleneck)
+        samples = (self.decode(base, z) for z in latents.unbind(1))
+        return mixture_logits(samples, weights.unbind(1), self.has_regions)
+
+    def base(self, features: Sequence[Tensor], logits: Tensor | None) -> Tensor:
+        """What samples are made of (B, F, *D): the finest features, and the backbone's own logits if it has some."""
+        return features[0] if logits is None else torch.cat((features[0], logits.to(features[0].dtype)), 1)
+
+    def experts(self, bottleneck: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Expert weights (B, K), latents (B, N, L) and their weights (B, N), float32; fixed points in evaluation."""
+        with full_precision(bottleneck.device):
+            pi = self.gating(bottleneck.float().flatten(2).mean(2)).softmax(1)
+            shape = len(pi), self.num_experts, self.samples_per_expert, self.latent_dimension
+            noise = torch.randn(shape, device=pi.device) if self.training else self.points.expand(shape)
+            latents = self.expert_mean[:, None] + self.expert_log_deviation.exp()[:, None] * noise
+            return pi, latents.flatten(1, 2), pi.repeat_interleave(self.samples_per_expert, 1) / self.samples_per_expert
+
+    def decode(self, base: Tensor, latent: Tensor) -> Tensor:
+        """Logits (B, C, *D) of a latent (B, L) for each image."""
+        width = self.shift.out_features
+        shape = *latent.shape[:1], width, *(1,) * (base.ndim - 2)
+        shift, scale = self.shift(latent).view(shape), self.scale(latent).view(shape) + MIN_SCALE
+        features = base if base.shape[1] == width else base[:, :width]
+        logits = self.convolutions((features + shift.to(base.dtype)) * scale.to(base.dtype))
+        return logits if base.shape[1] == width else logits + base[:, width:]
+
+    def decode_image(self, features: Tensor, expert: int, noise: Tensor) -> Tensor:
+        """Logits (C, *D), float32, of an expert and standard normal noise (L,), for features of a whole image."""
+        device = self.expert_mean.device
+        latent = self.expert_mean[expert] + self.expert_log_deviation[expert].exp() * noise.to(device)
+        flat = features.flatten(1)
+        ones = (1,) * (features.ndim - 2)
+        with full_precision(device):
+            pieces = [
+                self.decode(piece.to(device, torch.float32).view(1, len(flat), -1, *ones), latent[None])[0].flatten(1)
+                for piece in flat.split(DRAW_CHUNK, 1)
+            ]
+        return torch.cat([piece.to(features.device) for piece in pieces], 1).view(-1, *features.shape[1:])
+
+    @property
+    def num_blended(self) -> int:
+        """C + F + K, and C more with a backbone that predicts."""
+        own = self.num_classes + self.shift.out_features + self.num_experts
+        return own + (0 if len(self.seg_layers) else self.num_classes)
+
+    def blended(self, parameters: Tensor, foreground: Tensor) -> ImageMixture:
+        """The mixture of a whole image; the experts' weights are averaged over nnU-Net's non-zero mask."""
+        loc, features, weights = parameters.tensor_split((self.num_classes, len(parameters) - self.num_experts))
+        inside = foreground[0].to(weights.device)
+        weights = (weights[:, inside] if inside.any() else weights.flatten(1)).double().mean(1)
+        return ImageMixture(self, loc[None], features, (weights / weights.sum()).float())
+
+    @classmethod
+    def dataset_options(cls, label_manager: LabelManager) -> dict[str, Any]:
+        """What kind of output there is."""
+        return {"has_regions": bool(label_manager.has_regions)}
+
+    def build_loss(self, segmentation_loss: SegmentationLoss, label_manager: LabelManager) -> DistributionLoss:
+        """Transport between samples and annotations, and the divergence of the weights; see the module."""
+
+        def loss(distribution: ExpertMixture, target: Tensor, step: Step) -> Tensor:
+            with full_precision(target.device):
+                annotations, valid, weights = self.annotations(target, step, label_manager)
+                cost = pairwise_cost(distribution.samples, annotations, valid, self.cost, self.has_regions)
+                limit = annealed_limit(self.limit, self.patience, step)
+                transported, divergence = transport_terms(cost, distribution.sample_weights, weights, limit)
+                return transported.mean() + self.kl_weight * divergence.mean()
+
+        return loss
+
+    def annotations(
+        self, target: Tensor, step: Step, label_manager: LabelManager
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Indicators (B, M, C, *D), voxels that count (B, M, *D) or None, and weights (B, M) of the annotations.
+
+        Without raters there is one, nnU-Net's target.
+        """
+        if step.raters is None:
+            indicator, valid = encode_target(target, self.num_classes, label_manager)
+            return indicator[:, None], valid, target.new_ones(len(target), 1, dtype=torch.float32)
+        indicator, valid = step.raters.encode(self.num_classes, label_manager)
+        return indicator, valid, step.raters.weights.to(target.device)
+
+    def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
+        """Feature map elements of one sample, nnU-Net's measure of memory: logits and probabilities of all samples."""
+        voxels = np.prod(patch_size, dtype=np.int64)
+        samples = self.num_experts * self.samples_per_expert
+        own = voxels * (2 * samples * self.num_classes + 4 * self.topology.features_per_stage[0])
+        return super().compute_conv_feature_map_size(patch_size, deep_supervision) + int(own)
+
+
+def standard_points(count: int, dimension: int) -> Tensor:
+    """Points (count, dimension) of low discrepancy under the standard normal; one alone is at its mean."""
+    if count == 1:
+        return torch.zeros(1, dimension)
+    sobol = torch.quasirandom.SobolEngine(dimension, scramble=False).draw(count + 1)[1:]
+    uniform = (sobol - sobol.mean(0) + 0.5).clamp(0.5 / count, 1 - 0.5 / count)
+    return math.sqrt(2) * torch.erfinv(2 * uniform - 1)
+
+
+def mixture_logits(samples: Any, weights: Sequence[Tensor], has_regions: bool) -> Tensor:
+    """Logits (B, C, *D), float32, of the weighted mean probability.
+
+    Args:
+        samples: N logit maps (B, C, *D), one after the other.
+        weights: N weights (B,).
+        has_regions: sigmoid instead of softmax.
+    """
+    probability: Any = 0.0
+    for sample, weight in zip(samples, weights, strict=True):
+        with full_precision(sample.device):
+            own = sample.float().sigmoid() if has_regions else sample.float().softmax(1)
+            probability = probability + own * weight.view(-1, *(1,) * (own.ndim - 1))
+    with full_precision(probability.device):
+        if has_regions:
+            return probability.logit(MIN_PROBABILITY)
+        return probability.clamp_min(MIN_PROBABILITY).log()
+
+
+def pairwise_cost(samples: Tensor, annotations: Tensor, valid: Tensor | None, kind: str, has_regions: bool) -> Tensor:
+    """Cost (B, N, M), float32, of every sample against every annotation.
+
+    ``iou``: 1 - (|p y| + 1) / (|p| + |y| - |p y| + 1), mean over foreground classes or regions, p probabilities;
+    ``cross_entropy``: mean over voxels (summed over regions).
+
+    Args:
+        samples: logits (B, N, C, *D).
+        annotations: indicators (B, M, C, *D).
+        valid: voxels that count (B, M, *D) bool; None: all.
+        kind: see above.
+        has_regions: sigmoid instead of softmax.
+    """
+    logits, y = samples.flatten(3).float(), annotations.flatten(3).float()
+    counts = None if valid is None else valid.flatten(2).float()  # (B, M, V)
+    if counts is not None:
+        y = y * counts[:, :, None]
+    if kind == "cross_entropy":
+        log_p = F.logsigmoid(logits) if has_regions else logits.log_softmax(2)
+        inside = torch.einsum("bncv,bmcv->bnm", log_p, y)
+        if has_regions:
+            outside = torch.ones_like(y) if counts is None else counts[:, :, None]
+            inside = inside + torch.einsum("bncv,bmcv->bnm", F.logsigmoid(-logits), outside - y)
+        voxels = y.shape[-1] if counts is None else counts.sum(2).clamp_min(1)[:, None]
+        return -inside / voxels
+    if has_regions:
+        p = logits.sigmoid()
+    elif logits.shape[2] == 2:
+        p, y = (logits[:, :, 1:] - logits[:, :, :1]).sigmoid(), y[:, :, 1:]
+    else:
+        p, y = logits.softmax(2)[:, :, 1:], y[:, :, 1:]
+    common = torch.einsum("bncv,bmcv->bnmc", p, y)
+    of_samples = p.sum(3)[:, :, None] if counts is None else torch.einsum("bncv,bmv->bnmc", p, counts)
+    iou = (common + SMOOTH) / (of_samples + y.sum(3)[:, None] - common + SMOOTH)
+    return 1 - iou.mean(3)
+
+
+def transport_terms(cost: Tensor, sample_weights: Tensor, weights: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Cost of the cheapest transport, and KL(what it takes of each sample || the samples' weights), (B,) each.
+
+    Args:
+        cost: (B, N, M).
+        sample_weights: (B, N).
+        weights: of the annotations (B, M), each row summing to 1; 0 for none.
+        limit: gamma, what a sample can take at most.
+    """
+    fixed = cost.detach()
+    if limit >= 1:
+        nearest = F.one_hot(fixed.argmin(1), cost.shape[1]).transpose(1, 2)  # (B, N, M)
+        plan = nearest * weights[:, None]
+    else:
+        finite = fixed.nan_to_num().double().cpu().numpy()
+        limits = np.full(finite.shape[:2], limit)
+        plan = torch.from_numpy(transport_plan(finite, limits, weights.double().cpu().numpy(), at_most=True))
+        plan = plan.to(cost)
+    taken = plan.sum(2)
+    divergence = torch.special.xlogy(taken, taken) - taken * sample_weights.clamp_min(MIN_PROBABILITY).log()
+    return (plan * cost).sum((1, 2)), divergence.sum(1)
+
+
+def annealed_limit(limit: float, patience: float, step: Step) -> float:
+    """gamma in this epoch: ``limit`` until the loss no longer improves or half of the training is done, then 1."""
+    epochs = round((len(step.epoch_losses) + 1) / step.progress) if step.progress > 0 else math.inf
+    if step.progress > 0.5:
+        return 1.0
+    best, since = math.inf, 0
+    for loss in step.epoch_losses:
+        if loss < best - MIN_IMPROVEMENT * abs(best) or best == math.inf:
+            best, since = loss, 0
+        else:
+            since += 1
+        if since > patience * epochs:
+            return 1.0
+    return limit

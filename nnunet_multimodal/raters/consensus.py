@@ -1,0 +1,229 @@
+"""Make labelsTr from several raters: a majority vote, STAPLE, or one of them by name.
+
+Reads nnUNet_raw/DATASET/ratersTr/CASE__RATER (and raters.csv: case,rater,weight) and writes labelsTr/CASE, which stock
+nnU-Net plans, preprocesses and trains on. Before anything is written all of it is checked: names, that every rater's
+file lies on its image's grid, and that it has no label that dataset.json does not declare.
+
+  majority    the label with most weight, the lower one in a tie; regions are voted on one by one (more than half)
+  staple      SimpleITK's STAPLE (Warfield et al., IEEE TMI 2004), label by label or region by region; without weights
+  NAME        the rater of that name
+
+Voxels that a rater ignores are left to the others. With --check nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from tqdm import tqdm
+
+from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.images import geometry_difference
+from nnunet_multimodal.raters.files import FOLDER, WEIGHTS, Rater, find_raters
+
+MAJORITY, STAPLE = "majority", "staple"
+SHOWN_PROBLEMS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The dataset, and how to agree."""
+    parser.add_argument("-d", required=True, help="dataset name or id")
+    parser.add_argument(
+        "--method", default=MAJORITY, metavar="METHOD", help="majority, staple or a rater's name (default: majority)"
+    )
+    parser.add_argument("--check", action="store_true", help="check the raters' files and write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace label maps that are there")
+    parser.add_argument(
+        "-np", type=int, default=default_num_processes, help=f"number of processes (default: {default_num_processes})"
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all cases have in common."""
+
+    reader: type[BaseReaderWriter]
+    labels: LabelManager
+    method: str
+    values: frozenset[int]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, and make the consensus of every case; returns the exit status.
+
+    Raises:
+        UserError: something is wrong with the raters' files, or label maps are there already.
+    """
+    if nnUNet_raw is None:
+        raise UserError("nnUNet_raw is not set; see nnU-Net's documentation on its environment variables")
+    raw = Path(nnUNet_raw) / maybe_convert_to_dataset_name(int(args.d) if str(args.d).isdigit() else args.d)
+    description = json.loads((raw / "dataset.json").read_text())
+    ending = description["file_ending"]
+    raters = find_raters(raw / FOLDER, ending)
+    if not raters:
+        raise UserError(f"{raw / FOLDER} has no file CASE__RATER{ending}; put the raters' label maps there")
+    images = {case: raw / "imagesTr" / f"{case}_0000{ending}" for case in raters}
+    lacking = sorted(
+        {f.name.removesuffix(f"_0000{ending}") for f in raw.glob(f"imagesTr/*_0000{ending}")} - set(raters)
+    )
+    problems = [f"{file} is not there, and {case} has raters" for case, file in images.items() if not file.is_file()]
+    problems += [f"{case} has an image and no rater in {raw / FOLDER}" for case in lacking]
+    if args.method not in (MAJORITY, STAPLE):
+        without = [case for case, of_case in raters.items() if args.method not in {rater.name for rater in of_case}]
+        problems += [f"{case} has no rater {args.method!r}" for case in without]
+    _refuse(problems)
+    work = Work(
+        determine_reader_writer_from_dataset_json(description, str(next(iter(images.values())))),
+        LabelManager(description["labels"], description.get("regions_class_order")),
+        args.method,
+        frozenset(_values(description["labels"])),
+    )
+    cases = [(images[case], raters[case]) for case in raters]
+    _refuse([p for found in _each(partial(check_case, work), cases, args.np, "check") for p in found])
+    counts = [len(of_case) for of_case in raters.values()]
+    weights = ", with weights" if (raw / FOLDER / WEIGHTS).is_file() else ""
+    print(f"{len(raters)} cases with {min(counts)} to {max(counts)} raters{weights}: names, grids and labels are right")
+    if args.check:
+        return 0
+    output = raw / "labelsTr"
+    there = [case for case in raters if (output / f"{case}{ending}").exists()]
+    if there and not args.overwrite:
+        raise UserError(f"{output} has label maps of {len(there)} of the cases; --overwrite replaces them")
+    output.mkdir(exist_ok=True)
+    files = [(image, of_case, output / f"{case}{ending}") for case, (image, of_case) in zip(raters, cases, strict=True)]
+    for _ in _each(partial(write_consensus, work), files, args.np, args.method):
+        pass
+    print(f"{args.method}: {len(files)} label maps in {output}")
+    return 0
+
+
+def _each(function: Callable[..., Any], items: Sequence[tuple], processes: int, name: str) -> Iterator[Any]:
+    progress = partial(tqdm, desc=name, total=len(items), unit="case")
+    if processes <= 1:
+        yield from progress(map(function, *zip(*items, strict=True)))
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from progress(pool.map(function, *zip(*items, strict=True)))
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        more = f"\n... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        raise UserError("nothing is written:\n" + "\n".join(problems[:SHOWN_PROBLEMS]) + more)
+
+
+def _values(labels: dict[str, Any]) -> Iterable[int]:
+    for value in labels.values():
+        yield from value if isinstance(value, list | tuple) else [value]
+
+
+def check_case(work: Work, image: Path, raters: Sequence[Rater]) -> list[str]:
+    """What is wrong with a case's raters, in words."""
+    reader = work.reader()
+    data, properties = reader.read_images([str(image)])
+    problems = []
+    for rater in raters:
+        try:
+            labels, theirs = reader.read_seg(str(rater.file))
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            problems.append(f"{rater.file} cannot be read: {error}")
+            continue
+        difference = geometry_difference(
+            str(image), data.shape[1:], properties, str(rater.file), labels.shape[1:], theirs
+        )
+        if difference:
+            problems.append(difference)
+        unknown = sorted(set(np.unique(labels).tolist()) - work.values)
+        if unknown:
+            known = ", ".join(map(str, sorted(work.values)))
+            found = ", ".join(f"{value:g}" for value in unknown[:5])
+            problems.append(f"{rater.file} has labels {found}, and dataset.json declares {known}")
+    return problems
+
+
+def write_consensus(work: Work, image: Path, raters: Sequence[Rater], output: Path) -> None:
+    """A case's consensus; beside, then rename."""
+    reader = work.reader()
+    maps = [reader.read_seg(str(rater.file)) for rater in raters]
+    if work.method in (MAJORITY, STAPLE):
+        label_maps = np.stack([labels[0] for labels, _ in maps]).astype(np.int64)
+        weights = np.array([rater.weight for rater in raters])
+        agreed = (majority if work.method == MAJORITY else staple)(label_maps, weights, work.labels)
+    else:
+        agreed = maps[[rater.name for rater in raters].index(work.method)][0][0]
+    beside = output.with_name(f".part_{output.name}")
+    reader.write_seg(agreed.astype(np.uint8 if agreed.max() < 256 else np.uint16), str(beside), maps[0][1])
+    beside.replace(output)
+
+
+def majority(label_maps: np.ndarray, weights: np.ndarray, labels: LabelManager) -> np.ndarray:
+    """The label with most weight in every voxel.
+
+    Args:
+        label_maps: (R, *D), ints.
+        weights: (R,), >= 0.
+        labels: nnU-Net's; regions are voted on one by one and written in their order.
+
+    Returns:
+        (*D); the ignore label where all raters ignore.
+    """
+    shaped = weights.reshape(-1, *(1,) * (label_maps.ndim - 1))
+    votes = np.where(label_maps == labels.ignore_label, 0.0, shaped)  # (R, *D)
+    if labels.has_regions:
+        half = votes.sum(0) / 2
+        masks = [(votes * np.isin(label_maps, region)).sum(0) > half for region in labels.foreground_regions]
+        agreed = _in_order(masks, labels)
+    else:
+        values = sorted(set(labels.all_labels))
+        agreed = np.array(values)[np.argmax([(votes * (label_maps == v)).sum(0) for v in values], 0)]
+    return _ignored(agreed, (label_maps == labels.ignore_label) | (shaped == 0), labels)
+
+
+def staple(label_maps: np.ndarray, weights: np.ndarray, labels: LabelManager) -> np.ndarray:
+    """STAPLE's label of every voxel; arguments as in :func:`majority`, weights of 0 leave a rater out."""
+    label_maps = label_maps[weights > 0]
+    if labels.has_regions:
+        masks = [_staple_probability(np.isin(label_maps, r)) > 0.5 for r in labels.foreground_regions]
+        agreed = _in_order(masks, labels)
+    else:
+        values = sorted(set(labels.all_labels))
+        agreed = np.array(values)[np.argmax([_staple_probability(label_maps == value) for value in values], 0)]
+    return _ignored(agreed, label_maps == labels.ignore_label, labels)
+
+
+def _staple_probability(masks: np.ndarray) -> np.ndarray:
+    """Probability of the true mask (*D), from raters' masks (R, *D) bool."""
+    if (masks == masks[0]).all():  # STAPLE divides by what nobody drew
+        return masks[0].astype(float)
+    images = [SimpleITK.GetImageFromArray(mask.astype(np.uint8)) for mask in masks]
+    return SimpleITK.GetArrayFromImage(SimpleITK.STAPLE(images, 1.0))
+
+
+def _in_order(masks: Sequence[np.ndarray], labels: LabelManager) -> np.ndarray:
+    agreed = np.zeros(masks[0].shape, np.int64)
+    for value, mask in zip(labels.regions_class_order, masks, strict=True):  # as nnU-Net exports regions
+        agreed[mask] = value
+    return agreed
+
+
+def _ignored(agreed: np.ndarray, silent: np.ndarray, labels: LabelManager) -> np.ndarray:
+    """With the ignore label where nobody says anything."""
+    if labels.has_ignore_label:
+        agreed[silent.all(0)] = labels.ignore_label
+    return agreed

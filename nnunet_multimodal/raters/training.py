@@ -1,0 +1,152 @@
+"""Raters in nnU-Net's training: from its dataset through its augmentation to the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
+
+from nnunet_multimodal.backbones.base import check_choice
+from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.heads.base import RaterLabels
+
+CONSENSUS, RANDOM, MEAN = "consensus", "random", "mean"
+POLICIES = (CONSENSUS, RANDOM, MEAN)
+
+
+class RaterDataset(nnUNetDatasetBlosc2):
+    """nnU-Net's dataset, whose segmentations have a channel for every rater behind the consensus.
+
+    Args:
+        dataset: nnU-Net's.
+        folder: of the preprocessed raters.
+
+    Raises:
+        UserError: a case has no raters there.
+    """
+
+    def __init__(self, dataset: nnUNetDatasetBlosc2, folder: Path) -> None:
+        super().__init__(dataset.source_folder, dataset.identifiers, dataset.folder_with_segs_from_previous_stage)
+        self.folder = folder
+        self.weights: dict[str, Tensor] = {}
+        for case in self.identifiers:
+            if not (folder / f"{case}.json").is_file():
+                raise UserError(f"{folder} has no raters of {case}; preprocess again, with {FIX}")
+            found = json.loads((folder / f"{case}.json").read_text())
+            weights = torch.zeros(found["channels"])
+            given = torch.tensor(list(found["weights"].values()), dtype=torch.float32)
+            weights[: len(given)] = given / given.sum()
+            self.weights[case] = weights
+
+    @property
+    def num_raters(self) -> int:
+        """Channels of raters that every case has."""
+        return len(next(iter(self.weights.values())))
+
+    def load_case(self, identifier: str) -> tuple[Any, Any, Any, dict]:
+        """nnU-Net's, with the raters."""
+        data, _, previous, properties = super().load_case(identifier)
+        file = str(self.folder / f"{identifier}.b2nd")
+        return data, blosc2.open(file, mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs), previous, properties
+
+
+FIX = "nnUNetv2_preprocess and plans whose preprocessor is MultimodalPreprocessor (-preprocessor_name)"
+
+
+class SetRatersAside(BasicTransform):
+    """Take the raters out of the segmentation, between the consensus and a cascade's previous stage.
+
+    Args:
+        is_cascaded: the last channel is the previous stage's.
+    """
+
+    def __init__(self, is_cascaded: bool) -> None:
+        super().__init__()
+        self.is_cascaded = is_cascaded
+
+    def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
+        """Leaves the image as it is."""
+        segmentation = data_dict["segmentation"]
+        last = len(segmentation) - self.is_cascaded
+        data_dict["raters"] = segmentation[1:last]
+        data_dict["segmentation"] = torch.cat((segmentation[:1], segmentation[last:]))
+        return data_dict
+
+
+class AppendRaters(BasicTransform):
+    """Put the raters behind the finished target (labels, or regions and ignored voxels)."""
+
+    def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
+        """Leaves the image as it is."""
+        raters = data_dict.pop("raters")
+        if len(raters):
+            segmentation = data_dict["segmentation"]
+            data_dict["segmentation"] = torch.cat((segmentation.to(raters.dtype), raters))
+        return data_dict
+
+
+def split_targets(target: Tensor | list[Tensor], num_raters: int, regions: bool) -> tuple[Any, list[Tensor]]:
+    """nnU-Net's target without the raters, and the raters' label maps (B, R, *D) at every resolution, finest first."""
+    levels = target if isinstance(target, list) else [target]
+    raters = [level[:, -num_raters:] for level in levels]
+    own = [level[:, :-num_raters] for level in levels]
+    own = [level.bool() if regions else level for level in own]  # as nnU-Net has it
+    return own if isinstance(target, list) else own[0], raters
+
+
+class RaterPolicy:
+    """What losses that take one target get of several raters.
+
+    Args:
+        label_manager: nnU-Net's.
+        num_classes: output channels of the network.
+        policy: ``consensus``; ``random``, a rater drawn by weight for every image of every step; ``mean``, the raters'
+            mean probability as soft labels.
+
+    Raises:
+        ValueError: no such policy.
+    """
+
+    def __init__(self, label_manager: LabelManager, num_classes: int, policy: str = CONSENSUS) -> None:
+        self.policy = check_choice("raters", "policy", policy, POLICIES)
+        self.label_manager, self.num_classes = label_manager, num_classes
+
+    def __call__(self, target: Any, raters: Sequence[Tensor], weights: Tensor) -> Any:
+        """The targets in place of nnU-Net's, as many.
+
+        Args:
+            target: nnU-Net's, of one resolution or of several, finest first.
+            raters: label maps (B, R, *D) of each.
+            weights: (B, R), which sum to 1.
+        """
+        if self.policy == CONSENSUS:
+            return target
+        if self.policy == RANDOM:
+            drawn = torch.multinomial(weights.cpu(), 1).to(raters[0].device)  # (B, 1), the same at every resolution
+            one = torch.ones_like(drawn, dtype=weights.dtype)
+            batch = torch.arange(len(drawn), device=drawn.device)[:, None]
+            levels = [self._target(RaterLabels(labels[batch, drawn], one), soft=False) for labels in raters]
+        else:
+            levels = [self._target(RaterLabels(labels, weights), soft=True) for labels in raters]
+        return levels if isinstance(target, list) else levels[0]
+
+    def _target(self, raters: RaterLabels, soft: bool) -> Tensor:
+        if not (soft or self.label_manager.has_regions):
+            return raters.labels
+        indicator, valid = raters.encode(self.num_classes, self.label_manager)  # (B, R, C, *D), (B, R, *D)
+        weights = raters.weights.to(indicator.device).view(*raters.weights.shape, *(1,) * (indicator.ndim - 2))
+        counted = weights if valid is None else weights * valid[:, :, None]
+        mean = (indicator * counted).sum(1) / counted.sum(1).clamp_min(1e-6)
+        ignored = None if valid is None else (counted.sum(1) == 0)
+        if not self.label_manager.has_regions:
+            return mean  # all zero where ignored
+        target = mean if ignored is None else torch.cat((mean, ignored.to(mean.dtype)), 1)
+        return target if soft else target.bool()

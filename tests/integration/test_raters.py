@@ -1,0 +1,192 @@
+"""Several raters from their files to a trained model, through nnU-Net's own commands."""
+
+import json
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+
+from nnunet_multimodal import cli
+from nnunet_multimodal.errors import UserError
+from tests.nnunet import DATASET, PLANS, NnUNet, make_dataset, segmentation, write_raw
+
+RATERS = {0: "ABC", 1: "AB", 2: "B", 3: "ABC", 4: "AC"}
+SHIFT = {"A": 0, "B": 1, "C": -1}
+
+
+def write_raters(nnunet, ignore):
+    """Each rater draws the same, moved; the ignore label of B lies elsewhere."""
+    folder = nnunet.raw / DATASET / "ratersTr"
+    folder.mkdir()
+    for case, names in RATERS.items():
+        file = nnunet.raw / DATASET / "labelsTr" / f"case_{case}.nii.gz"
+        image = SimpleITK.ReadImage(str(file))
+        labels = SimpleITK.GetArrayFromImage(image)
+        for name in names:
+            own = np.roll(np.where(labels == 3, 0, labels), SHIFT[name], 1)
+            if ignore:
+                own[..., -2:] = 3
+            rater = SimpleITK.GetImageFromArray(own)
+            rater.CopyInformation(image)
+            SimpleITK.WriteImage(rater, str(folder / f"case_{case}__{name}.nii.gz"))
+    (folder / "raters.csv").write_text("case,rater,weight\ncase_0,A,2\ncase_0,C,0\n")
+    return folder
+
+
+def consensus(nnunet, *flags):
+    with nnunet.environment():
+        return cli.main(["consensus", "-d", "900", "-np", "1", *flags])
+
+
+@pytest.fixture(scope="module", params=["labels", "regions_ignore"])
+def nnunet(request, tmp_path_factory):
+    """Planned with stock plans, preprocessed with stock classes and then with ours."""
+    made = make_dataset(tmp_path_factory.mktemp(request.param), request.param)
+    write_raters(made, "ignore" in request.param)
+    assert consensus(made, "--overwrite") == 0
+    made("nnUNetv2_preprocess", "-d", 900, "-plans_name", PLANS, "-c", "2d", "3d_fullres", "-np", 1)
+    plain = {file.name: contents(file) for file in data_folder(made).glob("*.b2nd")}
+    plans = made.plans()
+    for configuration in ("2d", "3d_fullres"):
+        plans["configurations"][configuration]["preprocessor_name"] = "MultimodalPreprocessor"
+    made.write_plans(plans)
+    made("nnUNetv2_preprocess", "-d", 900, "-plans_name", PLANS, "-c", "2d", "3d_fullres", "-np", 1)
+    again = {file.name: contents(file) for file in data_folder(made).glob("*.b2nd")}
+    assert plain.keys() == again.keys()
+    assert all(np.array_equal(plain[name], again[name]) for name in plain)
+    return made
+
+
+def data_folder(nnunet):
+    plans = nnunet.plans()["configurations"]["3d_fullres"]
+    return nnunet.preprocessed / DATASET / plans["data_identifier"]
+
+
+def contents(file):
+    return np.asarray(blosc2.open(str(file))[:])
+
+
+def set_policy(nnunet, policy):
+    plans = nnunet.plans()
+    for configuration in ("2d", "3d_fullres"):
+        plans["configurations"][configuration]["nnunet_multimodal"] = {"raters": {"policy": policy}}
+    nnunet.write_plans(plans)
+
+
+def test_raters_lie_beside_the_data_in_step_with_the_image(nnunet):
+    folder = data_folder(nnunet).with_name(f"{data_folder(nnunet).name}_raters")
+    for case, names in RATERS.items():
+        stack = contents(folder / f"case_{case}.b2nd")
+        own = contents(data_folder(nnunet) / f"case_{case}_seg.b2nd")
+        assert stack.shape == (4, *own.shape[1:])
+        assert np.array_equal(stack[:1], own)
+        for channel, name in enumerate(names, 1):
+            # B and C are A moved by a voxel or two of the image; at the image's own spacing nothing else happens
+            raw = segmentation(nnunet.raw / DATASET / "ratersTr" / f"case_{case}__{name}.nii.gz")
+            assert np.bincount(stack[channel].ravel(), minlength=4).tolist() == pytest.approx(
+                (np.bincount(raw.ravel(), minlength=4) * stack[channel].size / raw.size).tolist(), rel=0.15, abs=30
+            )
+        assert all(np.array_equal(channel, own[0]) for channel in stack[1 + len(names) :])
+        weights = json.loads((folder / f"case_{case}.json").read_text())
+        assert list(weights["weights"]) == list(names)
+
+
+def test_each_step_has_the_raters_and_their_weights(nnunet):
+    trainer = nnunet.trainer("MoSETrainer_1epoch_2iterations")
+    with nnunet.environment():
+        trainer.initialize()
+        loader = trainer.get_dataloaders()[0]
+        batch = next(loader)
+        regions = trainer.label_manager.has_regions
+        target = batch["target"]
+        channels = {level.shape[1] for level in target}
+        assert channels == {(3 if regions else 1) + 3}
+        assert set(np.unique(target[0][:, -3:])) <= {0, 1, 2, 3}
+        seen = []
+        forward = trainer.loss.forward
+        trainer.loss.forward = lambda output, own: seen.append((trainer.loss.step.raters, own)) or forward(output, own)
+        trainer.train_step(batch)
+    raters, own = seen[0]
+    assert own[0].shape[1] == (3 if regions else 1)
+    assert torch.equal(raters.labels.cpu(), target[0][:, -3:])
+    given = {"case_0": [2 / 3, 1 / 3, 0], "case_1": [0.5, 0.5, 0], "case_2": [1, 0, 0], "case_4": [0.5, 0.5, 0]}
+    for key, weights in zip(batch["keys"], raters.weights, strict=True):
+        assert weights.tolist() == pytest.approx(given.get(key, [1 / 3] * 3))
+    assert trainer.loss.step.raters is None
+
+
+def test_stock_trainers_and_ours_train_on_the_same_data(nnunet, tmp_path):
+    for trainer in ("nnUNetTrainer", "MoSETrainer"):
+        name = f"{trainer}_1epoch_2iterations"
+        nnunet.train(name, "3d_fullres")
+        predicted = nnunet.predict(name, "3d_fullres", tmp_path / trainer)
+        assert len(list(predicted.glob("case_*.nii.gz"))) == 5
+    nnunet.train("SSNTrainer_1epoch_2iterations", "2d")
+
+
+@pytest.mark.parametrize("trainer", ["EarlyFusionTrainer", "SSNTrainer", "CIMLTrainer"])
+@pytest.mark.parametrize("policy", ["random", "mean"])
+def test_policies_for_losses_of_one_target(nnunet, trainer, policy):
+    set_policy(nnunet, policy)
+    made = nnunet.trainer(f"{trainer}_1epoch_2iterations", "2d")
+    with nnunet.environment():
+        if trainer == "CIMLTrainer" and policy == "mean" and not made.label_manager.has_regions:
+            with pytest.raises(UserError, match="'random' or 'consensus'"):
+                made.initialize()
+        else:
+            made.initialize()
+            loader = made.get_dataloaders()[0]
+            made.loss.step.progress = 1.0
+            assert np.isfinite(made.train_step(next(loader))["loss"])
+    set_policy(nnunet, "consensus")
+
+
+# --- the command
+
+
+def test_the_consensus_of_each_kind(tmp_path, capsys):
+    nnunet = NnUNet(tmp_path)
+    write_raw(nnunet, "labels")
+    folder = write_raters(nnunet, ignore=False)
+    with pytest.raises(UserError, match="label maps of 5 of the cases; --overwrite"):
+        consensus(nnunet)
+    assert consensus(nnunet, "--check") == 0
+    assert "5 cases with 1 to 3 raters, with weights" in capsys.readouterr().out
+    assert consensus(nnunet, "--overwrite") == 0
+    labels = nnunet.raw / DATASET / "labelsTr"
+    first = segmentation(labels / "case_0.nii.gz")
+    assert np.array_equal(first, segmentation(folder / "case_0__A.nii.gz"))  # twice the weight
+    assert consensus(nnunet, "--overwrite", "--method", "staple") == 0
+    staple = segmentation(labels / "case_3.nii.gz")
+    assert np.array_equal(staple, segmentation(folder / "case_3__A.nii.gz"))  # between B and C
+    with pytest.raises(UserError, match=r"case_1 has no rater 'C'\ncase_2 has no rater 'C'"):
+        consensus(nnunet, "--overwrite", "--method", "C")
+    assert np.array_equal(segmentation(labels / "case_3.nii.gz"), staple)
+    assert SimpleITK.ReadImage(str(labels / "case_3.nii.gz")).GetSpacing() == pytest.approx((1.0, 1.1, 1.5))
+    assert not list(labels.glob(".part*"))
+
+
+def test_what_is_wrong_with_raters_is_all_said_at_once(tmp_path):
+    nnunet = NnUNet(tmp_path)
+    write_raw(nnunet, "labels")
+    folder = write_raters(nnunet, ignore=False)
+    moved = SimpleITK.ReadImage(str(folder / "case_0__B.nii.gz"))
+    moved.SetSpacing((1.0, 1.0, 1.0))
+    SimpleITK.WriteImage(moved, str(folder / "case_0__B.nii.gz"))
+    other = SimpleITK.ReadImage(str(folder / "case_1__A.nii.gz")) * 9
+    SimpleITK.WriteImage(other, str(folder / "case_1__A.nii.gz"))
+    (folder / "case_3__C.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(UserError) as error:
+        consensus(nnunet, "--check")
+    for message in (
+        "case_0__B.nii.gz has spacing",
+        "case_1__A.nii.gz has labels 9, 18",
+        "case_3__C.nii.gz cannot be",
+    ):
+        assert message in str(error.value)
+    for file in folder.glob("case_2__*"):
+        file.rename(folder / "case_9__B.nii.gz")
+    with pytest.raises(UserError, match=r"case_9_0000.nii.gz is not there(.|\n)*case_2 has an image and no rater"):
+        consensus(nnunet, "--check")

@@ -1,0 +1,319 @@
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch.nn import functional as F
+
+from nnunet_multimodal.heads.base import RaterLabels, Step
+from nnunet_multimodal.heads.mose import (
+    annealed_limit,
+    mixture_logits,
+    pairwise_cost,
+    standard_points,
+    transport_terms,
+)
+from nnunet_multimodal.network import MultimodalUNet
+from tests.contracts import MODALITIES, NetworkContract, unet_kwargs
+
+REFERENCE = Path(
+    os.environ.get("NNUNET_MULTIMODAL_REFERENCE", Path(__file__).resolve().parents[3] / "shared" / "reference_values")
+)
+
+
+class MoSEContract(NetworkContract):
+    head = "mose"
+
+    def loss(self, output):
+        """Every part of the distribution is trained."""
+        return super().loss(output) + output.distribution.samples.square().mean()
+
+
+class TestMoSE(MoSEContract):
+    backbone = "early"
+
+
+class TestMoSEOnCRNP(MoSEContract):
+    backbone = "crnp"
+
+
+class TestMoSEOnShaSpec(MoSEContract):
+    backbone = "shaspec"
+
+
+class TestMoSEOnCIML(MoSEContract):
+    backbone = "ciml"
+
+
+def network(classes=2, dim=2, backbone="early", **head_kwargs):
+    torch.manual_seed(0)
+    return MultimodalUNet(
+        MODALITIES, classes, backbone=backbone, head="mose", head_kwargs=head_kwargs, **unet_kwargs(dim)
+    )
+
+
+def labels_of(classes=3, ignore=False, regions=False):
+    labels = {"background": 0, **{f"l{c}": c for c in range(1, classes)}}
+    if regions:
+        labels = {"background": 0, "whole": [1, 2], "core": 2}
+    return LabelManager(
+        {**labels, **({"ignore": 3 if regions else classes} if ignore else {})}, [1, 2] if regions else None
+    )
+
+
+# --- the authors' code
+
+
+@pytest.fixture(scope="module")
+def reference():
+    file = REFERENCE / "mose_ot_ref.npz"
+    if not file.is_file():
+        pytest.skip(f"no {file}; set NNUNET_MULTIMODAL_REFERENCE")
+    with np.load(file) as data:
+        return {name: torch.from_numpy(np.asarray(data[name])) for name in data.files}
+
+
+def reference_cost(reference, kind):
+    indicator, valid = F.one_hot(reference["y"].long(), 2).movedim(-1, 2), None
+    if kind == "cross_entropy":  # theirs is the mean over all pixels but the first, by the figures themselves
+        valid = torch.ones_like(reference["y"], dtype=torch.bool)
+        valid[..., 0, 0] = False
+    return pairwise_cost(reference["logits"], indicator, valid, kind, False)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("iou_1", "iou"), ("ce_0.5", "cross_entropy")])
+def test_costs_are_the_authors(reference, name, kind):
+    torch.testing.assert_close(reference_cost(reference, kind), reference[f"{name}_cost"].float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.25, 0.5, 1.0])
+def test_the_transport_is_never_dearer_than_the_authors(reference, limit):
+    theirs = reference[f"iou_{limit:g}"]
+    cost = reference_cost(reference, "iou")
+    transported, divergence = transport_terms(cost, reference["w"].float(), reference["pg"].float(), limit)
+    assert transported.mean() <= theirs[1] + 1e-5
+    if limit == 1:
+        torch.testing.assert_close(transported.mean().double(), theirs[1].double(), atol=1e-6, rtol=1e-6)
+        # their divergence is averaged over the samples too
+        torch.testing.assert_close((divergence.mean() / 16).double(), theirs[2].double(), atol=1e-5, rtol=1e-4)
+
+
+# --- cost and transport
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("kind", ["iou", "cross_entropy"])
+def test_the_cost_of_each_pair_by_itself(kind, regions):
+    torch.manual_seed(0)
+    samples, labels = torch.randn(2, 3, 3, 5, 4), torch.randint(0, 4, (2, 2, 5, 4))
+    if regions:
+        samples = samples[:, :, :2]
+    manager = labels_of(ignore=True, regions=regions)
+    indicator, valid = RaterLabels(labels, torch.full((2, 2), 0.5)).encode(3, manager)
+    found = pairwise_cost(samples, indicator, valid, kind, regions)
+    for b in range(2):
+        for n in range(3):
+            for m in range(2):
+                inside = labels[b, m] != 3
+                logits, y = samples[b, n][:, inside], indicator[b, m][:, inside].float()
+                if kind == "cross_entropy" and regions:
+                    expected = F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(0).mean()
+                elif kind == "cross_entropy":
+                    expected = F.cross_entropy(logits[None], labels[b, m][inside][None])
+                else:
+                    p = logits.sigmoid() if regions else logits.softmax(0)[1:]
+                    y = y if regions else y[1:]
+                    common, total = (p * y).sum(1), (p + y).sum(1)
+                    expected = (1 - (common + 1) / (total - common + 1)).mean()
+                torch.testing.assert_close(found[b, n, m], expected)
+
+
+def test_two_classes_are_the_general_case():
+    torch.manual_seed(0)
+    samples, labels = torch.randn(1, 2, 2, 6, 6), torch.randint(0, 2, (1, 2, 6, 6))
+    indicator, _ = RaterLabels(labels, torch.full((1, 2), 0.5)).encode(2, labels_of(2))
+    padded = torch.cat((samples, torch.full((1, 2, 1, 6, 6), -1e4)), 2)
+    more = torch.cat((indicator, torch.zeros(1, 2, 1, 6, 6, dtype=torch.bool)), 2)
+    own, general = (
+        pairwise_cost(samples, indicator, None, "iou", False),
+        pairwise_cost(padded, more, None, "iou", False),
+    )
+    torch.testing.assert_close(general, own / 2, atol=1e-5, rtol=0)  # the class that nobody has costs nothing
+
+
+def test_each_annotation_goes_to_its_nearest_sample_and_the_plan_has_no_gradient():
+    cost = torch.tensor([[[0.1, 0.9], [0.5, 0.2], [0.7, 0.3]]], requires_grad=True)
+    weights = torch.tensor([[0.75, 0.25]])
+    transported, divergence = transport_terms(cost, torch.tensor([[0.5, 0.25, 0.25]]), weights, 1.0)
+    assert transported.item() == pytest.approx(0.75 * 0.1 + 0.25 * 0.2)
+    assert divergence.item() == pytest.approx(0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.25))
+    transported.sum().backward()
+    assert cost.grad[0].tolist() == [[0.75, 0.0], [0.0, 0.25], [0.0, 0.0]]
+
+
+def test_the_limit_makes_samples_share():
+    cost = torch.tensor([[[0.1, 0.1], [0.5, 0.4], [0.7, 0.3]]])
+    transported, _ = transport_terms(cost, torch.full((1, 3), 1 / 3), torch.tensor([[0.5, 0.5]]), 0.5)
+    assert transported.item() == pytest.approx(0.5 * 0.1 + 0.5 * 0.3)
+
+
+def test_costs_that_overflow_do_not_stop_the_training():
+    cost = torch.tensor([[[0.1, math.nan], [0.5, 0.4]]])
+    transported, _ = transport_terms(cost, torch.full((1, 2), 0.5), torch.tensor([[0.5, 0.5]]), 0.5)
+    assert transported.shape == (1,)  # nnU-Net's GradScaler skips the step
+
+
+def test_the_limit_is_lifted_on_a_plateau_and_in_the_second_half():
+    falling = [1 / (epoch + 1) for epoch in range(40)]
+    assert annealed_limit(0.5, 0.05, Step(0.4, falling[:39])) == 0.5
+    assert annealed_limit(0.5, 0.05, Step(0.4, [*falling[:30], *[falling[29]] * 9])) == 1
+    assert annealed_limit(0.5, 0.05, Step(0.4, [*falling[:36], *[falling[35]] * 3])) == 0.5
+    once = [*[1.0] * 10, *falling[1:30]]  # lifted once, lifted for good
+    assert annealed_limit(0.5, 0.05, Step(0.4, once)) == 1
+    assert annealed_limit(0.5, 0.05, Step(0.51, falling[:50])) == 1
+    assert annealed_limit(0.5, 0.05, Step(0.0, [])) == 0.5
+
+
+# --- the head
+
+
+def test_a_sample_is_the_papers_modulation():
+    head = network(num_experts=3, latent_dimension=2, samples_per_expert=1).head
+    features, z = torch.randn(1, 4, 6, 6), torch.randn(1, 2)
+    shift, scale = head.shift(z)[0, :, None, None], head.scale(z)[0, :, None, None] + 1e-5
+    expected = (features + shift) * scale
+    for layer in head.convolutions:
+        expected = layer(expected)
+    torch.testing.assert_close(head.decode(features, z), expected)
+    assert [type(layer).__name__ for layer in head.convolutions].count("Conv2d") == 4
+
+
+def test_experts_are_drawn_around_their_means_and_share_their_weight():
+    head = network(num_experts=3, samples_per_expert=50, latent_dimension=2).head.train()
+    pi, latents, weights = head.experts(torch.randn(4, 8, 3, 3))
+    assert pi.shape == (4, 3)
+    torch.testing.assert_close(weights.unflatten(1, (3, 50)).sum(2), pi)
+    drawn = latents.unflatten(1, (3, 50))
+    torch.testing.assert_close(drawn.mean((0, 2)), head.expert_mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn.std((0, 2)), torch.full((3, 2), 1 / 8), atol=0.03, rtol=0)
+    assert not torch.equal(latents[0], latents[1])
+
+
+def test_points_are_those_of_a_standard_normal():
+    for dimension in (1, 3):
+        points = standard_points(64, dimension)
+        torch.testing.assert_close(points.mean(0), torch.zeros(dimension), atol=0.05, rtol=0)
+        torch.testing.assert_close(points.std(0), torch.ones(dimension), atol=0.1, rtol=0)
+    assert standard_points(1, 4).tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_mean_is_the_logit_of_the_weighted_probability(regions):
+    samples, weights = torch.randn(3, 2, 3, 4, 4).unbind(0), torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
+    found = mixture_logits(samples, weights.unbind(1), regions)
+    activate = torch.sigmoid if regions else lambda x: x.softmax(1)
+    expected = sum(w.view(-1, 1, 1, 1) * activate(s) for s, w in zip(samples, weights.unbind(1), strict=True))
+    torch.testing.assert_close(activate(found), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["early", "ciml"])
+def test_an_image_is_sampled_from_what_is_blended(backbone):
+    made = network(classes=3, backbone=backbone, num_experts=2, samples_per_expert=3).eval()
+    x = torch.randn(1, MODALITIES, 8, 8)
+    with torch.no_grad():
+        distribution = made.distribution(x)
+        parameters = distribution.blendable()[0]
+        assert len(parameters) == made.head.num_blended
+        image = made.head.blended(parameters, torch.ones(1, 8, 8, dtype=torch.bool))
+        torch.testing.assert_close(image.mean, distribution.mean)
+        torch.testing.assert_close(image.expert_weights, distribution.expert_weights[0])
+        made.deep_supervision = False
+        torch.testing.assert_close(image.mean, made(x))
+        # an expert's sample with the noise of a fixed point is the sample of the forward pass
+        for expert in range(2):
+            for s in range(3):
+                sample = made.head.decode_image(image.features, expert, made.head.points[s])
+                torch.testing.assert_close(sample, distribution.samples[0, 3 * expert + s])
+
+
+def test_samples_are_drawn_by_the_experts_weights():
+    made = network(num_experts=2, samples_per_expert=1).eval()
+    with torch.no_grad():
+        parameters = made.distribution(torch.randn(1, MODALITIES, 8, 8)).blendable()[0]
+    parameters[-2:] = torch.tensor([0.9, 0.1])[:, None, None]
+    image = made.head.blended(parameters, torch.zeros(1, 8, 8, dtype=torch.bool))  # no mask: everything counts
+    made.head.expert_log_deviation.data.fill_(-20.0)
+    first, second = (made.head.decode_image(image.features, e, torch.zeros(1)) for e in range(2))
+    with torch.no_grad():
+        drawn = list(image.draw(200, torch.Generator().manual_seed(0)))
+        same = list(image.draw(200, torch.Generator().manual_seed(0)))
+        compact = list(image.draw_compact(5, torch.Generator().manual_seed(0)))
+    of_first = [torch.allclose(sample, first, atol=1e-4) for sample in drawn]
+    assert all(f or torch.allclose(s, second, atol=1e-4) for f, s in zip(of_first, drawn, strict=True))
+    assert 0.84 < np.mean(of_first) < 0.96
+    assert all(torch.equal(a, b) for a, b in zip(drawn, same, strict=True))
+    assert [torch.allclose(s, first, atol=1e-4) for s in compact] == [True, False, True, False, True]
+    torch.testing.assert_close(image.compact_weights(5), torch.tensor([0.3, 0.05, 0.3, 0.05, 0.3]))
+
+
+def test_temperature_scales_deviations_from_the_mean():
+    made = network(num_experts=2).eval()
+    with torch.no_grad():
+        image = made.head.blended(
+            made.distribution(torch.randn(1, MODALITIES, 8, 8)).blendable()[0], torch.ones(1, 8, 8, dtype=torch.bool)
+        )
+        (plain,) = image.draw(1, torch.Generator().manual_seed(1))
+        (half,) = image.scaled(0.5, torch.tensor([1.0, 2.0])).draw(1, torch.Generator().manual_seed(1))
+    deviation = plain - image.mean[0]
+    torch.testing.assert_close(half - image.mean[0], deviation * torch.tensor([0.5, 1.0])[:, None, None])
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_raters_and_a_single_target_have_the_same_loss_where_they_agree(regions):
+    manager = labels_of(3, ignore=True, regions=regions)
+    classes = 2 if regions else 3
+    made = network(classes=classes, has_regions=regions).train()
+    loss = made.build_loss(lambda logits, target: 0.0, manager)
+    distribution = made(torch.randn(2, MODALITIES, 8, 8)).distribution
+    labels = torch.randint(0, 4, (2, 1, 8, 8))
+    target = labels.float()
+    if regions:
+        target = torch.cat(((labels == 1) | (labels == 2), labels == 2, labels == 3), 1).float()
+    alone = loss(distribution, target, Step())
+    raters = RaterLabels(labels.expand(-1, 3, -1, -1), torch.tensor([[0.2, 0.8, 0.0], [1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(loss(distribution, target, Step(raters=raters)), alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_experts": 0}, "num_experts 0"),
+        ({"limit": 0.01}, "limit 0.01.*1 / 16"),
+        ({"cost": "dice"}, "cost='dice'"),
+        ({"kl_weight": -1}, "kl_weight -1"),
+        ({"patience": 2}, "patience 2"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        network(**options)
+
+
+def saved_for_backward(call):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        call()
+    return sum(saved)
+
+
+def test_the_sample_axis_is_not_kept_for_the_backward_pass():
+    """Three convolutions of every sample would be 12 F feature maps; what is kept does not grow by them."""
+    sizes = []
+    for samples in (1, 4):
+        made = network(samples_per_expert=samples).train()
+        sizes.append(saved_for_backward(lambda made=made: made(torch.randn(1, MODALITIES, 32, 32))))
+    maps = (sizes[1] - sizes[0]) / (4 * 32 * 32) / 12
+    assert maps < 2 * made.head.num_classes
