@@ -193,7 +193,7 @@ def main() -> None:
     p = common.parser(__doc__)
     p.add_argument("--pairs", type=int, default=1000)
     p.add_argument("--held-out", type=int, default=200, help="of them")
-    p.add_argument("--steps", type=int, default=2000)
+    p.add_argument("--steps", type=int, default=2500)
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--features", type=int, default=8)
     p.add_argument("--learning-rate", type=float, default=1e-3)
