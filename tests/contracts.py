@@ -261,7 +261,7 @@ class TrainerContract:
         with nnunet.environment():
             trainer.run_training()
         first, last = (trainer.logger.get_value("train_losses", step=step) for step in (0, -1))
-        assert last < first - 0.2
+        assert last < first - 0.2, (first, last)
 
     # --- deep supervision
 

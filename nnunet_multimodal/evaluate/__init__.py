@@ -11,6 +11,7 @@ label are the dataset's. For every CASE that both folders have it reads
   PRED/CASE.npz               probabilities, as nnUNetv2_predict --save_probabilities writes them
   RATERS/CASE__NAME.…         several raters (--raters); without it the reference is the only one, and
                               with it a prediction without samples counts as one sample
+  RATERS/raters.csv           case,rater,weight, if they do not count the same
 
 and writes a CSV (one row for each case and label; the label "foreground_mean" is the labels' mean, the case "mean" the
 cases') and a JSON with the same numbers, the reliability curves, and what was left out and why. Distances are in mm,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nnunet_multimodal.images import geometry_difference
 from nnunet_multimodal.metrics.case import CaseArrays, CaseMeasures, measure_case
 from nnunet_multimodal.metrics.distribution import Label
+from nnunet_multimodal.raters.files import find_raters
 
 CASE, SAMPLES, ECE = "case", "samples", "ECE"  # what may be left out
 
@@ -56,6 +57,7 @@ class CaseFiles:
     prediction: Path
     samples: tuple[Path, ...] = ()
     raters: tuple[Path, ...] = ()
+    rater_weights: tuple[float, ...] = ()
     quantities: Path | None = None
     probabilities: Path | None = None
 
@@ -122,14 +124,16 @@ def find_cases(
             raise SystemExit(f"{folder} is not a folder")
     there, predicted = _files(references, ending), _files(predictions, ending)
     samples = _group(_files(predictions / "samples", ending))
-    drawn = {} if raters is None else _group(_files(raters, ending))
+    drawn = {} if raters is None else find_raters(raters, ending)
     left_out = [LeftOut(case, CASE, "no prediction") for case in there if case not in predicted]
     left_out += [LeftOut(case, CASE, "no reference") for case in predicted if case not in there]
     cases = []
     for case in sorted(there.keys() & predicted.keys()):
         quantities, npz = (_if_there(predictions / f"{case}.{suffix}") for suffix in ("json", "npz"))
-        files = CaseFiles(case, there[case], predicted[case], samples.get(case, ()), drawn.get(case, ()))
-        cases.append(replace(files, quantities=quantities, probabilities=npz))
+        counted = [rater for rater in drawn.get(case, ()) if rater.weight > 0]
+        files = CaseFiles(case, there[case], predicted[case], samples.get(case, ()), tuple(r.file for r in counted))
+        weights = tuple(rater.weight for rater in counted)
+        cases.append(replace(files, rater_weights=weights, quantities=quantities, probabilities=npz))
     without_samples = [files.case for files in cases if not files.samples]
     without_npz = [files.case for files in cases if not files.probabilities]
     for what, why, lacking in ((SAMPLES, "no samples", without_samples), (ECE, "no probabilities", without_npz)):
@@ -211,6 +215,7 @@ def _read_distribution(files: CaseFiles, reference: LabelMap, settings: Settings
     found: dict[str, Any] = {}
     if files.raters:
         found["raters"] = _read_like(reference, files.raters, settings)
+        found["rater_weights"] = files.rater_weights
     if files.samples:
         found["samples"] = _read_like(reference, files.samples, settings)
         if files.quantities is not None:

@@ -25,16 +25,23 @@ HEADINGS = {
     "HD95_mm": "HD95 mm",
     "NSD": "NSD",
     "GED2": "GED²",
+    "M_IoU": "M-IoU",
     "sample_diversity": "diversity",
     "rater_Dice": "rater Dice",
     "rater_Dice_nod": "nod",
+    "interrater_Dice": "raters' own",
+    "within_raters": "within",
     "fraction_better": "better",
     "sample_Dice_q95": "q95",
+    "volume_CRPS": "CRPS",
+    "volume_coverage": "covered",
     "ECE": "ECE",
 }
 LEGEND = """
 GED²: squared energy distance to the raters; rater Dice: of the prediction, mean over the raters, nod: over those that
-drew something; better: samples with a higher Dice than the prediction; q95: 95 % quantile of the samples' Dice"""
+drew something; raters' own: Dice of the raters with one another; within: cases where the prediction agrees with the
+raters at least as well as one of them does; better: samples with a higher Dice than the prediction; q95: 95 % quantile
+of the samples' Dice; CRPS: of the samples' volumes, in voxels; covered: raters whose volume is in the samples' 95 %"""
 
 
 def as_csv(results: Mapping[str, CaseMeasures], means: CaseMeasures, settings: Settings) -> str:

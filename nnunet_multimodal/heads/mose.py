@@ -8,6 +8,8 @@ divergence of the weights from what the transport takes of each sample.
 
 Deviations from the paper and its code, and why:
 
+- The cost is IoU plus cross-entropy (``cost``), as nnU-Net's own loss is Dice plus cross-entropy. The paper takes one of
+  them, with Adam; with nnU-Net's SGD the IoU alone starts slowly, since its gradient is small where nothing overlaps.
 - The transport with a limit (gamma < 1) is solved exactly, as a linear program of the whole batch; the authors' code
   assigns greedily, which is up to 13 % above the optimum and breaks the limit for raters of unequal weight.
 - The Kullback-Leibler term is that of an image. The authors' code averages it over the samples too, which makes their
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -47,7 +50,7 @@ MIN_SCALE = 1e-5  # paper: (features + a(z)) * (b(z) + 1e-5)
 INITIAL_DEVIATION = 1 / 8
 SMOOTH = 1.0  # of the IoU
 MIN_PROBABILITY = 1e-6
-COSTS = ("iou", "cross_entropy")
+COSTS = ("iou", "cross_entropy", "iou+cross_entropy")
 MIN_IMPROVEMENT = 1e-3  # of an epoch's loss, relative, to count as one
 DRAW_CHUNK = 2**18  # voxels of an image that a sample is made of at once
 
@@ -155,7 +158,7 @@ class MoSEHead(DeterministicHead):
         num_experts: K.
         samples_per_expert: S, in training and for the mean prediction.
         latent_dimension: L.
-        cost: ``iou`` or ``cross_entropy``, between a sample and an annotation.
+        cost: ``iou``, ``cross_entropy`` or their sum ``iou+cross_entropy``, between a sample and an annotation.
         kl_weight: beta, of an image's Kullback-Leibler term.
         limit: gamma at the beginning: no sample may take more of the annotations than this.
         patience: part of the training without improvement after which gamma becomes 1.
@@ -176,7 +179,7 @@ class MoSEHead(DeterministicHead):
         num_experts: int = 4,
         samples_per_expert: int = 4,
         latent_dimension: int = 1,
-        cost: str = "iou",
+        cost: str = "iou+cross_entropy",
         kl_weight: float = 1 / 16,
         limit: float = 0.5,
         patience: float = 0.05,
@@ -267,12 +270,13 @@ class MoSEHead(DeterministicHead):
         logits = self.convolutions((features + shift.to(base.dtype)) * scale.to(base.dtype))
         return logits if base.shape[1] == width else logits + base[:, width:]
 
+    @torch.no_grad()
     def decode_image(self, features: Tensor, expert: int, noise: Tensor) -> Tensor:
         """Logits (C, *D), float32, of an expert and standard normal noise (L,), for features of a whole image."""
         device = self.expert_mean.device
         latent = self.expert_mean[expert] + self.expert_log_deviation[expert].exp() * noise.to(device)
         flat = features.flatten(1)
-        ones = (1,) * (features.ndim - 2)
+        ones = (1,) * (self.topology.dim - 1)  # not the features': a 2D network may sample a stack of slices
         with full_precision(device):
             pieces = [
                 self.decode(piece.to(device, torch.float32).view(1, len(flat), -1, *ones), latent[None])[0].flatten(1)
@@ -291,7 +295,8 @@ class MoSEHead(DeterministicHead):
         loc, features, weights = parameters.tensor_split((self.num_classes, len(parameters) - self.num_experts))
         inside = foreground[0].to(weights.device)
         weights = (weights[:, inside] if inside.any() else weights.flatten(1)).double().mean(1)
-        return ImageMixture(self, loc[None], features, (weights / weights.sum()).float())
+        head = deepcopy(self)  # the next fold's weights will be loaded into this one
+        return ImageMixture(head, loc[None], features, (weights / weights.sum()).float())
 
     @classmethod
     def dataset_options(cls, label_manager: LabelManager) -> dict[str, Any]:
@@ -373,6 +378,8 @@ def pairwise_cost(samples: Tensor, annotations: Tensor, valid: Tensor | None, ki
         kind: see above.
         has_regions: sigmoid instead of softmax.
     """
+    if "+" in kind:
+        return sum(pairwise_cost(samples, annotations, valid, part, has_regions) for part in kind.split("+"))
     logits, y = samples.flatten(3).float(), annotations.flatten(3).float()
     counts = None if valid is None else valid.flatten(2).float()  # (B, M, V)
     if counts is not None:

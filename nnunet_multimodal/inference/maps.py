@@ -47,19 +47,19 @@ class RunningMaps:
     """
 
     def __init__(self, regions: bool = False) -> None:
-        self.regions, self.count = regions, 0
+        self.regions, self.total = regions, 0.0
 
-    def add(self, probabilities: Tensor) -> None:
+    def add(self, probabilities: Tensor, weight: float = 1.0) -> None:
         """Count a sample's probabilities (C, *D) in."""
         own = entropy(probabilities, self.regions)
-        if self.count == 0:
-            self.probabilities, self.entropies = probabilities.clone(), own
+        if self.total == 0:
+            self.probabilities, self.entropies = probabilities * weight, own * weight
         else:
-            self.probabilities += probabilities
-            self.entropies += own
-        self.count += 1
+            self.probabilities.add_(probabilities, alpha=weight)
+            self.entropies.add_(own, alpha=weight)
+        self.total += weight
 
     def maps(self) -> dict[str, Tensor]:
         """The maps (*D) by their names in ``MAPS``."""
-        total, expected = entropy(self.probabilities / self.count, self.regions), self.entropies / self.count
+        total, expected = entropy(self.probabilities / self.total, self.regions), self.entropies / self.total
         return dict(zip(MAPS, (total, expected, (total - expected).clamp(min=0)), strict=True))

@@ -10,8 +10,10 @@ Beside it:
   samples/CASE__000.nii.gz, ...        label maps of the samples          (--save-samples)
   distribution/CASE.npz                what the samples are drawn from    (--save-distribution)
 
-Models with the SSN head are sampled; all other models, nnU-Net's own included, have their folds and mirrors as samples.
-All folds are held at once: (2 + rank) x labels x voxels x 2 bytes each, or (2 + mirrors) x labels x voxels x 2 bytes.
+Models with the SSN or MoSE head are sampled; all other models, nnU-Net's own included, have their folds and mirrors as
+samples. MoSE's samples can have weights instead of repeating its experts (--compact). All folds are held at once:
+(2 + rank) x labels x voxels x 2 bytes each of SSN, (labels + features + experts) x voxels x 2 bytes of MoSE, (2 +
+mirrors) x labels x voxels x 2 bytes of others.
 """
 
 from __future__ import annotations
@@ -81,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=FACTOR",
         help="factors on the deviations of labels or regions, such as tumour=2; negative ones mirror at the mean",
+    )
+    group.add_argument(
+        "--compact", action="store_true", help="samples of all experts in turn, with weights (MoSE alone)"
     )
     group.add_argument("--maps", nargs="*", default=list(MAPS), choices=MAPS, help="which maps (default: all)")
     group.add_argument("--save-samples", action="store_true", help="label maps of the samples")
@@ -165,6 +170,8 @@ class CaseWriter:
 
     def __post_init__(self) -> None:
         self.class_scale()  # a label that does not exist is noticed before anything is predicted
+        if self.args.compact and not self.predictor.has_weights:
+            raise UserError(f"--compact: {self.predictor.trainer_name} has no weights of samples; MoSETrainer's have")
 
     @property
     def labels(self) -> LabelManager:
@@ -188,6 +195,7 @@ class CaseWriter:
             "seed": args.seed,
             "temperature": args.temperature,
             "class_scale": args.class_scale,
+            "compact": args.compact,
             "drop": args.drop,
         }
 
@@ -263,11 +271,13 @@ class CaseWriter:
             tqdm.write(f"{case.name}: {count} of {self.args.samples} samples; this deterministic model has no more")
         if count < len(distribution.folds):
             tqdm.write(f"{case.name}: {count} samples for {len(distribution.folds)} folds; the last ones have none")
+        weights = distribution.weights(count) if self.args.compact else None
         for index, logits in enumerate(self._samples(case, distribution)):
+            weight = 1.0 if weights is None else weights[index]
             segmentation, probabilities = self._to_image(logits, properties)
             if self.args.maps:
-                maps.add(torch.from_numpy(probabilities))
-            quantities.add(segmentation)
+                maps.add(torch.from_numpy(probabilities), weight)
+            quantities.add(segmentation, weight)
             if self.args.save_samples:
                 self._write_labels(segmentation, self.output / "samples" / f"{case.name}__{index:03d}", properties)
         if self.args.maps:
@@ -275,7 +285,7 @@ class CaseWriter:
         summary = {
             "case": case.name,
             "samples": count,
-            "sample_weights": None,
+            "sample_weights": weights,
             **self.settings(),
             "drawn_from": "members (folds and mirrors)" if distribution.members else "distribution",
             "trainer": self.predictor.trainer_name,
@@ -301,7 +311,8 @@ class CaseWriter:
     def _samples(self, case: Case, distribution: ImageDistribution) -> Iterator[Tensor]:
         seed = np.random.SeedSequence([self.args.seed, zlib.crc32(case.name.encode())]).generate_state(1, np.uint64)
         generator = torch.Generator(self.predictor.device).manual_seed(int(seed[0] >> 1))
-        return distribution.draw(self.args.samples, generator, self.args.temperature, self.class_scale())
+        args = self.args
+        return distribution.draw(args.samples, generator, args.temperature, self.class_scale(), args.compact)
 
     def _to_image(self, logits: Tensor, properties: dict) -> tuple[np.ndarray, np.ndarray]:
         """Label map and probabilities on the image's own grid, resampled once."""
@@ -337,7 +348,8 @@ class CaseWriter:
         beside = path.with_name(f".{path.name}")
         arrays: dict[str, Any] = {"mean": distribution.mean.numpy()}
         for index, fold in enumerate(distribution.folds):
-            arrays |= {f"fold_{index}_{name}": value.numpy() for name, value in vars(fold).items()}
+            tensors = {name: value for name, value in vars(fold).items() if isinstance(value, Tensor)}
+            arrays |= {f"fold_{index}_{name}": value.numpy() for name, value in tensors.items()}
         arrays |= {f"member_{index}": member.numpy() for index, member in enumerate(distribution.members)}
         np.savez_compressed(beside, **arrays)
         beside.replace(path)

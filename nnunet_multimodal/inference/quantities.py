@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import find_objects, generate_binary_structure, label
 
+from nnunet_multimodal.metrics.distribution import weighted_quantile
+
 PERCENTILES = (2.5, 50.0, 97.5)
 Label = int | Sequence[int]
 
@@ -24,9 +26,11 @@ class RunningQuantities:
         self.labels, self.voxel_ml = labels, voxel_ml
         self.voxels: dict[str, list[int]] = {name: [] for name in labels}
         self.lesions: dict[str, list[int]] = {name: [] for name in labels}
+        self.weights: list[float] = []
 
-    def add(self, segmentation: np.ndarray) -> None:
+    def add(self, segmentation: np.ndarray, weight: float = 1.0) -> None:
         """Count a sample's label map (2D or 3D) in."""
+        self.weights.append(weight)
         for name, (voxels, lesions) in measure(segmentation, self.labels).items():
             self.voxels[name].append(voxels)
             self.lesions[name].append(lesions)
@@ -39,17 +43,18 @@ class RunningQuantities:
 
         Returns:
             By label ``voxels``, ``volume_ml`` (None without a physical size) and ``lesion_count``, each with the keys
-            of :func:`distribution_of`, and ``probability_present``, the fraction of samples that have the label.
+            of :func:`distribution_of`, and ``probability_present``, the weight of the samples that have the label.
         """
         own = measure(prediction, self.labels)
         result = {}
+        weights = np.array(self.weights) / np.sum(self.weights)
         for name in self.labels:
-            voxels = distribution_of(own[name][0], self.voxels[name])
+            voxels = distribution_of(own[name][0], self.voxels[name], weights)
             result[name] = {
                 "volume_ml": None if self.voxel_ml is None else {k: v * self.voxel_ml for k, v in voxels.items()},
                 "voxels": voxels,
-                "lesion_count": distribution_of(own[name][1], self.lesions[name]),
-                "probability_present": float(np.mean(np.array(self.voxels[name]) > 0)),
+                "lesion_count": distribution_of(own[name][1], self.lesions[name], weights),
+                "probability_present": float(weights @ (np.array(self.voxels[name]) > 0)),
             }
         return result
 
@@ -66,12 +71,21 @@ def measure(segmentation: np.ndarray, labels: Mapping[str, Label]) -> dict[str, 
     return result
 
 
-def distribution_of(prediction: float, samples: Sequence[float]) -> dict[str, float]:
-    """``prediction`` as it is, and over the samples ``mean``, ``sd`` (0 for one), ``p2.5``, ``p50``, ``p97.5``."""
+def distribution_of(prediction: float, samples: Sequence[float], weights: np.ndarray | None = None) -> dict[str, float]:
+    """``prediction`` as it is, and over the samples ``mean``, ``sd`` (0 for one), ``p2.5``, ``p50``, ``p97.5``.
+
+    Percentiles of equal weights lie between samples, those of other ``weights`` (which sum to 1) are one of them.
+    """
     values = np.asarray(samples, dtype=np.float64)
+    w = np.full(len(values), 1 / len(values)) if weights is None else weights
+    mean, effective = float(w @ values), 1 - float(w @ w)
+    if np.ptp(w) < 1e-9:
+        percentiles = np.percentile(values, PERCENTILES)
+    else:
+        percentiles = np.array([weighted_quantile(values, w, p / 100) for p in PERCENTILES])
     return {
         "prediction": float(prediction),
-        "mean": float(values.mean()),
-        "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
-        **{f"p{p:g}": float(v) for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)},
+        "mean": mean,
+        "sd": float(np.sqrt(w @ (values - mean) ** 2 / effective)) if effective > 1e-9 else 0.0,
+        **{f"p{p:g}": float(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
     }

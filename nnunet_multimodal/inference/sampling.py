@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_multimodal.heads.base import ImageLogits
 from nnunet_multimodal.inference.base import ModelPredictor
 from nnunet_multimodal.network import MultimodalUNet, unwrap
 
@@ -30,17 +29,27 @@ class ImageDistribution:
 
     Attributes:
         mean: (C, *D), what nnUNetv2_predict exports.
-        folds: a stochastic model's distribution of every fold; empty for a deterministic one.
+        folds: a stochastic model's distribution of every fold (``heads.base.ImageLogits``); empty for a deterministic
+            one.
         members: a deterministic model's logit maps (C, *D); empty for a stochastic one.
     """
 
     mean: Tensor
-    folds: tuple[ImageLogits, ...] = ()
+    folds: tuple[Any, ...] = ()
     members: tuple[Tensor, ...] = ()
 
     def count(self, num_samples: int) -> int:
         """How many samples there will be: no more than there are members."""
         return num_samples if self.folds else min(num_samples, len(self.members))
+
+    def weights(self, num_samples: int) -> list[float]:
+        """Of the samples that ``draw`` yields with ``compact``; they sum to 1."""
+        shares = [self._share(index, num_samples) for index in range(len(self.folds))]
+        own = [fold.compact_weights(n) * n for fold, n in zip(self.folds, shares, strict=True) if n]
+        return (torch.cat(own) / num_samples).tolist()
+
+    def _share(self, fold: int, num_samples: int) -> int:
+        return len(range(fold, num_samples, len(self.folds)))
 
     def draw(
         self,
@@ -48,6 +57,7 @@ class ImageDistribution:
         generator: torch.Generator,
         temperature: float = 1.0,
         class_scale: Tensor | None = None,
+        compact: bool = False,
     ) -> Iterator[Tensor]:
         """Samples (C, *D), float32, one at a time; folds take equal shares, members are not repeated.
 
@@ -56,11 +66,12 @@ class ImageDistribution:
             generator: on the device that does the work.
             temperature: factor on all deviations from the mean (of the fold).
             class_scale: (C,), factors on the deviations of each class or region.
+            compact: samples with ``weights``, of models that have them.
         """
         changed = temperature != 1 or class_scale is not None
         for index, fold in enumerate(self.folds):
-            share = len(range(index, num_samples, len(self.folds)))
-            yield from (fold.scaled(temperature, class_scale) if changed else fold).draw(share, generator)
+            fold = fold.scaled(temperature, class_scale) if changed else fold
+            yield from (fold.draw_compact if compact else fold.draw)(self._share(index, num_samples), generator)
         if self.members:
             order = torch.randperm(len(self.members), generator=generator, device=generator.device)
             scale = torch.full((len(self.mean),), temperature)
@@ -104,19 +115,26 @@ class SamplePredictor(ModelPredictor):
             data: preprocessed image (and cascade) channels (K, *D).
             foreground: nnU-Net's non-zero mask (1, *D) bool.
         """
-        all_folds, blended = self.list_of_parameters, []
+        all_folds, blended, folds = self.list_of_parameters, [], []
         try:
             for weights in all_folds:
                 self.list_of_parameters = [weights]
                 blended.append(self.predict_logits_from_preprocessed_data(data))
+                if self.stochastic:  # with this fold's weights still in the network
+                    folds.append(self.network.head.blended(blended[-1], foreground))
         finally:
             self.list_of_parameters = all_folds
         mean = sum(fold[: self.num_classes] for fold in blended) / len(blended)
         if self.stochastic:
-            return ImageDistribution(mean, tuple(self.network.head.blended(fold, foreground) for fold in blended))
+            return ImageDistribution(mean, tuple(folds))
         several = self.num_classes if self._mirrors() else 0
         members = itertools.chain.from_iterable(fold[several:].split(self.num_classes) for fold in blended)
         return ImageDistribution(mean, members=tuple(members))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its distributions can be told by few samples with weights."""
+        return self.stochastic and self.network.head.FITS_RATERS
 
     def predict_samples(
         self, data: Tensor, num_samples: int, generator: torch.Generator, foreground: Tensor | None = None

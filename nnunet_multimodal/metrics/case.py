@@ -7,7 +7,9 @@ Of every label or region, with the columns' names:
   (voxels), of the prediction against the reference;
 - of samples and prediction against the raters, see `nnunet_multimodal.metrics.distribution`: ``GED2``,
   ``sample_diversity``, ``rater_diversity``, ``rater_Dice`` and ``rater_Dice_nod`` (the prediction's, averaged over the
-  raters: all of them, and those that drew something), ``fraction_better``, ``sample_Dice_q05``, ``…_q50``, ``…_q95``;
+  raters: all of them, and those that drew something), ``fraction_better``, ``sample_Dice_q05``, ``…_q50``, ``…_q95``,
+  ``M_IoU``, ``interrater_Dice`` (of the raters with one another) and ``within_raters`` (1 if the prediction agrees with
+  the raters at least as well as one of them does with the others), ``volume_CRPS`` (voxels), ``volume_coverage``;
 - ``ECE``: expected calibration error of the label's probability against the raters' mean.
 
 Voxels that the reference ignores belong to nothing: they are taken out of both masks before surfaces are found.
@@ -30,7 +32,8 @@ from nnunet_multimodal.metrics.surface import dice, surface_distances
 OVERLAP = ("Dice", "HD95_mm", "NSD", "n_ref", "n_pred")
 QUANTILES = {"sample_Dice_q05": 0.05, "sample_Dice_q50": 0.5, "sample_Dice_q95": 0.95}
 DISTRIBUTION = (
-    "GED2", "sample_diversity", "rater_diversity", "rater_Dice", "rater_Dice_nod", "fraction_better", *QUANTILES
+    "GED2", "sample_diversity", "rater_diversity", "rater_Dice", "rater_Dice_nod", "fraction_better", *QUANTILES,
+    "M_IoU", "interrater_Dice", "within_raters", "volume_CRPS", "volume_coverage",
 )  # fmt: skip
 CALIBRATION = ("ECE",)
 
@@ -57,6 +60,7 @@ class CaseArrays:
         samples: label maps (S, \\*D), or None.
         raters: label maps (R, \\*D); None: the reference alone.
         sample_weights: (S,), or None for equal ones.
+        rater_weights: (R,), or None for equal ones.
         probabilities: of every label in their order, (L, \\*D), or None.
     """
 
@@ -66,6 +70,7 @@ class CaseArrays:
     samples: np.ndarray | None = None
     raters: np.ndarray | None = None
     sample_weights: Sequence[float] | None = None
+    rater_weights: Sequence[float] | None = None
     probabilities: np.ndarray | None = None
 
 
@@ -84,7 +89,7 @@ def measure_case(
     valid = valid_voxels(raters, ignore_label)
     if case.samples is not None:
         scores = score_distribution(
-            case.prediction, case.samples, raters, labels, case.sample_weights, rater_weights=None, valid=valid
+            case.prediction, case.samples, raters, labels, case.sample_weights, case.rater_weights, valid
         )
         average.update(_distribution(scores.average))
         for label, measures in by_label.items():
@@ -92,7 +97,8 @@ def measure_case(
     curves = {}
     if case.probabilities is not None:
         for label, probability in zip(labels, case.probabilities, strict=True):
-            drawn = np.stack([label_mask(rater, label) for rater in raters]).mean(0, dtype=np.float32)
+            masks = np.stack([label_mask(rater, label) for rater in raters])
+            drawn = np.average(masks, 0, case.rater_weights).astype(np.float32)
             curves[label] = reliability_curve(probability, drawn, valid=valid)
             by_label[label]["ECE"] = curves[label].expected_calibration_error
         average["ECE"] = mean([measures["ECE"] for measures in by_label.values()])
@@ -155,4 +161,9 @@ def _distribution(scores: DistributionScores) -> Measures:
         "rater_Dice_nod": scores.dice_nod,
         "fraction_better": scores.fraction_better,
         **{column: scores.sample_dice_quantile(quantile) for column, quantile in QUANTILES.items()},
+        "M_IoU": scores.matched_iou,
+        "interrater_Dice": mean(scores.interrater_dice.tolist()),
+        "within_raters": scores.within_raters,
+        "volume_CRPS": scores.volume_crps,
+        "volume_coverage": scores.volume_coverage,
     }

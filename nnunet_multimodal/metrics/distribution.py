@@ -3,7 +3,11 @@
 Monteiro et al., *Stochastic Segmentation Networks*, NeurIPS 2020: the squared generalised energy distance (Eq. 8), the
 sample diversity (below it), the Dice of the mean prediction, DSC_nod (section 5.2), and how the samples' Dice compares
 with the mean prediction's (Fig. 5 and the quantile in section 5.3). Samples and raters may carry weights (Gao et al.,
-ICLR 2023: each expert's samples weigh what its gate says).
+ICLR 2023: each expert's samples weigh what its gate says). Theirs is M-IoU too, the IoU of samples and raters brought
+together by optimal transport; with as many samples as raters, all of equal weight, it is the best assignment.
+
+Volumes: the continuous ranked probability score of the samples' voxel counts against each rater's, and how many raters
+lie in the samples' central 95 %.
 
 The distance of two label maps is d = 1 - IoU, averaged over the labels; 0 for a label that both lack. Expectations
 include every map's pair with itself. Dice is 1 for a label that both lack.
@@ -19,9 +23,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nnunet_multimodal.metrics.transport import transport_plan
+
 Label = int | tuple[int, ...]
 """A label, or a region: the union of several."""
 
+INTERVAL = (0.025, 0.975)  # of the samples' volumes
 CHUNK = 2**16  # voxels at a time; 100 maps of this size are 0.8 MB of bits
 
 
@@ -58,8 +65,12 @@ class DistributionScores:
         generalized_energy_distance: D_GED^2, between 0 and 2.
         sample_diversity: expected distance of two samples.
         rater_diversity: expected distance of two raters.
+        matched_iou: M-IoU, between 0 and 1.
         dice: Dice of the mean prediction, averaged over the raters.
         dice_nod: the same over the raters that drew something; NaN where none did.
+        interrater_dice: (R,), Dice of every rater, averaged over the others; NaN for a single one.
+        volume_crps: mean over the raters and labels, in voxels.
+        volume_coverage: weight of the raters whose volume lies in the samples' interval, mean over the labels.
         sample_dice: (S,), Dice of every sample, averaged over the raters.
         sample_weights: (S,), sum 1.
     """
@@ -67,8 +78,12 @@ class DistributionScores:
     generalized_energy_distance: float
     sample_diversity: float
     rater_diversity: float
+    matched_iou: float
     dice: float
     dice_nod: float
+    interrater_dice: np.ndarray
+    volume_crps: float
+    volume_coverage: float
     sample_dice: np.ndarray
     sample_weights: np.ndarray
 
@@ -76,6 +91,13 @@ class DistributionScores:
     def fraction_better(self) -> float:
         """Weight of the samples whose Dice is higher than the mean prediction's."""
         return float(self.sample_weights[self.sample_dice > self.dice + 1e-9].sum())  # equal ones differ by rounding
+
+    @property
+    def within_raters(self) -> float:
+        """1 if the prediction agrees with the raters at least as well as the one who agrees least with the others."""
+        if np.isnan(self.interrater_dice).all():
+            return np.nan
+        return float(self.dice >= np.nanmin(self.interrater_dice) - 1e-9)
 
     def sample_dice_quantile(self, quantile: float) -> float:
         """The Dice that this fraction of the samples' weight reaches at most; always that of one of them."""
@@ -122,11 +144,11 @@ def score_distribution(
     )
     overlaps = _count([samples, raters, prediction[None]], None, labels, valid)
     distance, dice = overlaps.iou_distance(), overlaps.dice()
-    drawn = overlaps.sizes_a[:, len(w) : -1] > 0  # (L, R)
+    sizes = overlaps.sizes_a[:, :-1]  # (L, S + R)
     scores = {
-        label: _score(distance[i : i + 1], dice[i : i + 1], drawn[i : i + 1], w, v) for i, label in enumerate(labels)
+        label: _score(distance[i : i + 1], dice[i : i + 1], sizes[i : i + 1], w, v) for i, label in enumerate(labels)
     }
-    return CaseDistribution(_score(distance, dice, drawn, w, v), scores)
+    return CaseDistribution(_score(distance, dice, sizes, w, v), scores)
 
 
 def generalized_energy_distance(
@@ -143,6 +165,28 @@ def generalized_energy_distance(
         _weights(rater_weights, len(raters), "rater_weights"),
     )
     return _energy_distance(_count([samples, raters], None, labels, valid).iou_distance().mean(0), w, v)
+
+
+def matched_iou(
+    samples: np.ndarray,
+    raters: np.ndarray,
+    labels: Sequence[Label],
+    sample_weights: Sequence[float] | np.ndarray | None = None,
+    rater_weights: Sequence[float] | np.ndarray | None = None,
+    valid: np.ndarray | None = None,
+) -> float:
+    """M-IoU of samples (S, \\*D) and raters (R, \\*D); arguments as in `score_distribution`."""
+    w, v = (
+        _weights(sample_weights, len(samples), "sample_weights"),
+        _weights(rater_weights, len(raters), "rater_weights"),
+    )
+    return _matched_iou(pairwise_iou_distance(samples, raters, labels, valid), w, v)
+
+
+def continuous_ranked_probability_score(samples: np.ndarray, weights: np.ndarray, observed: float) -> float:
+    """CRPS of weighted samples (S,): E|X - y| - E|X - X'| / 2, y the observed; in the samples' unit, 0 is best."""
+    spread = weights @ np.abs(samples[:, None] - samples) @ weights
+    return float(weights @ np.abs(samples - observed) - spread / 2)
 
 
 def sample_diversity(
@@ -193,22 +237,40 @@ def weighted_quantile(values: np.ndarray, weights: np.ndarray, quantile: float) 
 
 
 def _score(
-    distance: np.ndarray, dice: np.ndarray, drawn: np.ndarray, w: np.ndarray, v: np.ndarray
+    distance: np.ndarray, dice: np.ndarray, sizes: np.ndarray, w: np.ndarray, v: np.ndarray
 ) -> DistributionScores:
-    """Distances and Dice (L, K, K) of samples, raters and the mean prediction, in this order; drawn (L, R)."""
+    """Distances and Dice (L, K, K) of samples, raters and the mean prediction, in this order; voxels (L, S + R)."""
     distance = distance.mean(0)
     s, r = slice(0, len(w)), slice(len(w), -1)
+    drawn, volumes, theirs = sizes[:, len(w) :] > 0, sizes[:, : len(w)].astype(float), sizes[:, len(w) :].astype(float)
+    interval = [[weighted_quantile(own, w, q) for own in volumes] for q in INTERVAL]
+    covered = (theirs >= np.array(interval[0])[:, None]) & (theirs <= np.array(interval[1])[:, None])  # (L, R)
+    crps = [
+        [continuous_ranked_probability_score(own, w, y) for y in row] for own, row in zip(volumes, theirs, strict=True)
+    ]
+    between = dice[:, r, r].mean(0)  # (R, R)
+    alone = len(v) < 2
     with np.errstate(invalid="ignore"):  # 0 / 0: no rater drew the label
         nod = (dice[:, -1, r] * drawn) @ v / (drawn @ v)  # (L,)
     return DistributionScores(
         generalized_energy_distance=_energy_distance(distance[:-1, :-1], w, v),
         sample_diversity=float(w @ distance[s, s] @ w),
         rater_diversity=float(v @ distance[r, r] @ v),
+        matched_iou=_matched_iou(distance[s, r], w, v),
         dice=float(dice[:, -1, r].mean(0) @ v),
+        interrater_dice=np.full(1, np.nan) if alone else (between.sum(1) - np.diag(between)) / (len(v) - 1),
+        volume_crps=float((np.array(crps) @ v).mean()),
+        volume_coverage=float((covered @ v).mean()),
         dice_nod=float(np.mean(nod[np.isfinite(nod)])) if np.isfinite(nod).any() else np.nan,
         sample_dice=dice[:, s, r].mean(0) @ v,
         sample_weights=w,
     )
+
+
+def _matched_iou(distance: np.ndarray, w: np.ndarray, v: np.ndarray) -> float:
+    """From the distances (S, R)."""
+    plan = transport_plan(distance[None], w[None], v[None])[0]
+    return 1 - float((plan * distance).sum())
 
 
 def _energy_distance(distance: np.ndarray, w: np.ndarray, v: np.ndarray) -> float:

@@ -190,3 +190,37 @@ def test_what_is_wrong_with_raters_is_all_said_at_once(tmp_path):
         file.rename(folder / "case_9__B.nii.gz")
     with pytest.raises(UserError, match=r"case_9_0000.nii.gz is not there(.|\n)*case_2 has an image and no rater"):
         consensus(nnunet, "--check")
+
+
+def test_samples_with_weights_against_the_raters(tmp_path):
+    nnunet = make_dataset(tmp_path, "labels")
+    folder = write_raters(nnunet, ignore=False)
+    trainer = "MoSETrainer_1epoch_2iterations"
+    nnunet.train(trainer, "2d")
+    output = tmp_path / "out"
+    images = str(nnunet.raw / DATASET / "imagesTr")
+    model = ["-d", "900", "-p", PLANS, "-tr", trainer, "-c", "2d", "-f", "0", "-device", "cpu", "--disable_tta"]
+    flags = ["--samples", "6", "--save-samples", "--save_probabilities", "--disable_progress_bar"]
+    with nnunet.environment():
+        cli.main(["predict", "-i", images, "-o", str(output), *model, *flags, "--compact", "--save-distribution"])
+        first = segmentation(output / "samples" / "case_0__005.nii.gz")
+        summary = json.loads((output / "case_0.json").read_text())
+        assert len(summary["sample_weights"]) == 6
+        assert sum(summary["sample_weights"]) == pytest.approx(1)
+        assert summary["sample_weights"][:2] == pytest.approx(summary["sample_weights"][4:])  # experts 0 and 1 again
+        assert np.load(output / "distribution" / "case_0.npz")["fold_0_expert_weights"].shape == (4,)
+        stock = nnunet.predict(trainer, "2d", tmp_path / "stock", "--disable_tta")
+        assert np.array_equal(segmentation(stock / "case_0.nii.gz"), segmentation(output / "case_0.nii.gz"))
+        labels = str(nnunet.raw / DATASET / "labelsTr")
+        assert cli.main(["evaluate", labels, str(output), "--raters", str(folder), "-np", "1"]) == 0
+        cli.main(["predict", "-i", images, "-o", str(output), *model, *flags])  # drawn by weight instead
+    assert json.loads((output / "case_0.json").read_text())["sample_weights"] is None
+    assert segmentation(output / "samples" / "case_0__005.nii.gz").shape == first.shape
+    measured = json.loads((output / "evaluation.json").read_text())
+    for column in ("GED2", "M_IoU", "ECE", "interrater_Dice", "within_raters", "volume_CRPS", "volume_coverage"):
+        assert np.isfinite(measured["foreground_mean"][column]), column
+    plain = "EarlyFusionTrainer_1epoch_2iterations"
+    nnunet.train(plain, "2d")
+    model[model.index(trainer)] = plain
+    with nnunet.environment(), pytest.raises(UserError, match=f"--compact: {plain} has no weights"):
+        cli.main(["predict", "-i", images, "-o", str(output), *model, *flags, "--compact"])
