@@ -13,6 +13,7 @@ from typing import Any
 import _ciml_sections as ciml
 import _common as common
 import _missing_sections as missing
+import _mose_sections as mose
 import _ssn_sections as ssn
 
 Result = dict[str, Any]
@@ -158,7 +159,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "handwritten": ("CRNP on vectors: Handwritten", handwritten),
     **{
         name: (heading, partial(write, table=table))
-        for name, (heading, write) in {**missing.SECTIONS, **ssn.SECTIONS, **ciml.SECTIONS}.items()
+        for name, (heading, write) in {
+            **missing.SECTIONS,
+            **ssn.SECTIONS,
+            **ciml.SECTIONS,
+            **mose.SECTIONS,
+        }.items()
     },
 }
 

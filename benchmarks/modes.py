@@ -39,6 +39,7 @@ PROBABILITIES = np.array([np.prod([p if f else 1 - p for f, p in zip(mode, FLIPS
 LABELS = LabelManager({"background": 0, "disc": 1, "disc_twin": 2, "square": 3, "square_twin": 4}, None)
 NEEDED = {"total_variation": 0.1, "ECE": 0.02, "surplus_weight": 0.05, "minutes": 20}
 LEAST_IOU = 0.8
+SHOWN = 4
 MODELS: dict[str, dict[str, Any]] = {
     "MoSE": {
         "head": "mose",
@@ -195,6 +196,30 @@ def experts(model: Trained, images: Tensor, maps: Tensor, args: argparse.Namespa
     }
 
 
+@torch.no_grad()
+def draw(model: Trained, images: Tensor, maps: Tensor, args: argparse.Namespace) -> None:
+    """Images with their modes and MoSE's experts, each with its probability or weight, the heaviest expert first."""
+    count = model.network.head.num_experts
+    fig, axes = common.figure(1.1 * (1 + len(MODES) + count), 1.35 * SHOWN, 1)
+    fig.clear()
+    axes = fig.subplots(SHOWN, 1 + len(MODES) + count)
+    for row, image, own in zip(axes, images[:SHOWN].to(args.device), maps[:SHOWN].numpy(), strict=True):
+        distribution = model.network.distribution(image[None])
+        weights = distribution.expert_weights[0].cpu().numpy()
+        base, zero = distribution.features[0], torch.zeros(model.network.head.latent_dimension)
+        order = np.argsort(-weights)
+        experts_maps = [model.network.head.decode_image(base, int(e), zero).argmax(0).cpu().numpy() for e in order]
+        row[0].imshow(image[0].cpu(), cmap="gray")
+        row[0].set_title("image", fontsize=7)
+        shown = [*zip(own, PROBABILITIES, strict=True), *zip(experts_maps, weights[order], strict=True)]
+        for index, (axis, (labels, share)) in enumerate(zip(row[1:], shown, strict=True)):
+            axis.imshow(labels, cmap="tab10", vmin=0, vmax=9, interpolation="nearest")
+            axis.set_title(f"{'mode' if index < len(MODES) else 'expert'} {share:.2f}", fontsize=7)
+        for axis in row:
+            axis.set_axis_off()
+    common.save(fig, args, "modes")
+
+
 def main() -> None:
     p = common.parser(__doc__)
     p.add_argument("--images", type=int, default=400)
@@ -224,6 +249,8 @@ def main() -> None:
             key = f"{name}, {raters} raters" if raters > 1 else f"{name}, 1 rater"
             results[key] = measure(model, images[args.images :], maps[args.images :], args)
             print(key, results[key])
+            if name == "MoSE" and raters == max(args.raters):
+                draw(model, images[args.images :], maps[args.images :], args)
     minutes = (perf_counter() - start) / 60
     figures = {"needed": NEEDED, "minutes": round(minutes, 1), "probabilities": PROBABILITIES.tolist()}
     common.write(args, "modes", {**figures, "results": results})
