@@ -29,8 +29,8 @@ def shape_composition(result: Result, table: Table) -> str:
         "A triangle (primary) and an ellipse (auxiliary); the task is their union. Where the energy of the",
         "complementary information is (squared deviation from its background level, mean over held-out pairs): in the",
         f"ellipse outside the triangle ({area:.0f} % of the image), in both, in the triangle alone; the rest lies",
-        "outside, most of it where an ellipse could be and is not, which the map says a little below its background (the",
-        "picture's halo); the fifth column is therefore the share of what lies above the background.",
+        "outside, most of it where an ellipse could be and is not, which the map says a little below its background",
+        "(the picture's halo); the fifth column is therefore the share of what lies above the background.",
         f"Asked for: Dice {needed['dice']}, {100 * needed['share']:.0f} % in the ellipse alone,",
         f"{needed['minutes']} minutes; the run took {result['minutes']}.",
         "",
@@ -75,8 +75,8 @@ def ciml_cost(result: Result, table: Table) -> str:
         ]
         text += [
             "",
-            "All segmentors at once, as one network with grouped convolutions, in units of one after the other (without",
-            "messages; above one, the loop is faster):",
+            "All segmentors at once, as one network with grouped convolutions, in units of one after the other",
+            "(without messages; above one, the loop is faster):",
             "",
             table(("", "forward and backward", "forward"), grouping),
         ]

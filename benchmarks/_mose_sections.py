@@ -29,8 +29,8 @@ def modes(result: Result, table: Table) -> str:
         "A disc and a square, either of which is labelled as its twin with a known probability, for the whole image:",
         f"four label maps of probability {truth} that nothing in the image tells apart. Found on held-out images;",
         "*none* is the weight of samples that are of no mode. Asked of MoSE: a total variation below",
-        f"{needed['total_variation']}, an ECE below {100 * needed['ECE']:.0f} %; the run took {result['minutes']} minutes of",
-        f"{needed['minutes']}.",
+        f"{needed['total_variation']}, an ECE below {100 * needed['ECE']:.0f} %; the run took {result['minutes']}",
+        f"minutes of {needed['minutes']}.",
         "",
         table(("", "modes", "none", "total variation", "GED²", "ECE", "training (s)"), rows),
     ]
@@ -47,8 +47,8 @@ def modes(result: Result, table: Table) -> str:
         [
             *text,
             "",
-            "Weights of the experts, of which there are twice as many as modes, and what the surplus ones keep (those that",
-            "are of no mode, or of one that another has more of):",
+            "Weights of the experts, of which there are twice as many as modes, and what the surplus ones keep (those",
+            "that are of no mode, or of one that another has more of):",
             "",
             table(("", "weights", "surplus"), experts),
         ]
@@ -73,8 +73,8 @@ def mose_loss(result: Result, table: Table) -> str:
             )
         )
     text = [
-        "Forward and backward pass of costs, exact transport and divergence, 128 x 128 pixels, four raters: batch 16 with",
-        "16 samples (LIDC) and batch 4 with 100. The reference is what the task states of the authors' code on two cores.",
+        "Forward and backward pass of costs, exact transport and divergence, 128 x 128 pixels, four raters: batch 16",
+        "with 16 samples (LIDC) and batch 4 with 100. The reference is the authors' code on two cores.",
         "",
         table(("", "seconds", "at most", "reference", "MiB", "at most", "reference"), rows),
     ]

@@ -8,8 +8,8 @@ divergence of the weights from what the transport takes of each sample.
 
 Deviations from the paper and its code, and why:
 
-- The cost is IoU plus cross-entropy (``cost``), as nnU-Net's own loss is Dice plus cross-entropy. The paper takes one of
-  them, with Adam; with nnU-Net's SGD the IoU alone starts slowly, since its gradient is small where nothing overlaps.
+- The cost is IoU plus cross-entropy (``cost``), as nnU-Net's own loss is Dice plus cross-entropy. The paper takes one
+  of them, with Adam; with nnU-Net's SGD the IoU alone starts slowly, as its gradient is small where nothing overlaps.
 - The transport with a limit (gamma < 1) is solved exactly, as a linear program of the whole batch; the authors' code
   assigns greedily, which is up to 13 % above the optimum and breaks the limit for raters of unequal weight.
 - The Kullback-Leibler term is that of an image. The authors' code averages it over the samples too, which makes their
@@ -379,7 +379,9 @@ def pairwise_cost(samples: Tensor, annotations: Tensor, valid: Tensor | None, ki
         has_regions: sigmoid instead of softmax.
     """
     if "+" in kind:
-        return sum(pairwise_cost(samples, annotations, valid, part, has_regions) for part in kind.split("+"))
+        first, second = kind.split("+")
+        cost = pairwise_cost(samples, annotations, valid, first, has_regions)
+        return cost + pairwise_cost(samples, annotations, valid, second, has_regions)
     logits, y = samples.flatten(3).float(), annotations.flatten(3).float()
     counts = None if valid is None else valid.flatten(2).float()  # (B, M, V)
     if counts is not None:

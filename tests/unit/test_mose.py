@@ -241,11 +241,11 @@ def test_an_image_is_sampled_from_what_is_blended(backbone):
 
 def test_samples_are_drawn_by_the_experts_weights():
     made = network(num_experts=2, samples_per_expert=1).eval()
+    made.head.expert_log_deviation.data.fill_(-20.0)
     with torch.no_grad():
         parameters = made.distribution(torch.randn(1, MODALITIES, 8, 8)).blendable()[0]
     parameters[-2:] = torch.tensor([0.9, 0.1])[:, None, None]
     image = made.head.blended(parameters, torch.zeros(1, 8, 8, dtype=torch.bool))  # no mask: everything counts
-    made.head.expert_log_deviation.data.fill_(-20.0)
     first, second = (made.head.decode_image(image.features, e, torch.zeros(1)) for e in range(2))
     with torch.no_grad():
         drawn = list(image.draw(200, torch.Generator().manual_seed(0)))
@@ -303,10 +303,10 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def saved_for_backward(call):
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+    saved = {}  # by storage: all samples are made of the same features
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
         call()
-    return sum(saved)
+    return sum(t.nbytes for t in saved.values())
 
 
 def test_the_sample_axis_is_not_kept_for_the_backward_pass():
