@@ -1,0 +1,194 @@
+"""MoSE, SSN and a deterministic network on lung nodules that four raters outlined (LIDC), split by patient.
+
+The same plan and length for all. Setting "all" is a multi-rater data set: labelsTr by majority vote
+(``nnunet-multimodal consensus``), the four raters in ratersTr; MoSE fits all of them, SSN draws one in every step, the
+deterministic network has the consensus. Setting "one" has one rater for each slice, drawn at random once. All runs
+through nnU-Net's own commands and ``nnunet-multimodal consensus`` and ``predict``; the work folder keeps what is done.
+
+Measured on held-out patients as in Gao et al., ICLR 2023, Table 1: D_GED^2 of 16 and of 100 samples and of 16 with
+weights ("compact"), M-IoU of 16 and compact, ECE of the nodule's probability, Dice of the mean prediction; beside
+floors without any learning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import _common as common
+import numpy as np
+from _lidc_report import NODULE
+from lidc import DATA, PLANS, SEEDED_TRAINING, Slices, run, write_png
+from skimage import io
+from sts import training_seconds
+from tqdm import tqdm
+
+from nnunet_multimodal.metrics.calibration import ReliabilityCurve, reliability_curve
+from nnunet_multimodal.metrics.distribution import generalized_energy_distance, matched_iou, score_distribution
+
+DATASETS = {"all": "Dataset503_LIDCRaters", "one": "Dataset504_LIDCRaterDrawn"}
+TRAINERS = {"MoSE": "MoSETrainer", "SSN": "SSNTrainer", "deterministic": "EarlyFusionTrainer"}
+FEW, MANY = 16, 100
+PREPROCESSOR = "MultimodalPreprocessor"
+PAPER = {"MoSE, all": {"GED 16": 0.218, "GED 100": 0.189, "GED compact": 0.195, "M-IoU 16": 0.624, "ECE": 0.00064}}
+
+
+def convert(args: argparse.Namespace, slices: Slices) -> None:
+    """The raw datasets; the consensus of setting "all" is made by the command."""
+    for setting, dataset in DATASETS.items():
+        raw = args.work / "nnUNet_raw" / dataset
+        if (raw / "dataset.json").exists():
+            continue
+        for folder in ("imagesTr", "labelsTr", "ratersTr", "imagesTs"):
+            (raw / folder).mkdir(parents=True, exist_ok=True)
+        names = list(slices.names(held_out=False))
+        for index, name in names:
+            write_png(raw / "imagesTr" / f"{name}_0000.png", slices.images[index])
+            for rater in range(4) if setting == "all" else [slices.rater[index]]:
+                write_png(raw / "ratersTr" / f"{name}__{rater}.png", slices.masks[index, rater])
+        for index, name in slices.names(held_out=True):
+            write_png(raw / "imagesTs" / f"{name}_0000.png", slices.images[index])
+        description = {
+            "channel_names": {"0": "CT"},
+            "labels": {"background": 0, "nodule": NODULE},
+            "numTraining": len(names),
+            "file_ending": ".png",
+        }
+        (raw / "dataset.json").write_text(json.dumps(description, indent=1))
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Consensus, plan (made on setting "all", for both) and preprocessing."""
+    for setting, dataset in DATASETS.items():
+        number, preprocessed = dataset[7:10], args.work / "nnUNet_preprocessed" / dataset
+        raw = args.work / "nnUNet_raw" / dataset
+        last = sorted(raw.glob("imagesTr/*.png"))[-1].name.replace("_0000.png", ".png")
+        run(args, f"consensus_{setting}", raw / "labelsTr" / last,
+            "nnunet-multimodal", "consensus", "-d", number, "-np", "1", "--overwrite")  # fmt: skip
+        run(args, f"fingerprint_{setting}", preprocessed / "dataset_fingerprint.json",
+            "nnUNetv2_extract_fingerprint", "-d", number, "-np", "1")  # fmt: skip
+        plan = preprocessed / f"{PLANS}.json"
+        if setting == "all":
+            run(args, "plan", plan,
+                "nnUNetv2_plan_experiment", "-d", number, "-pl", args.planner, "-overwrite_plans_name", PLANS,
+                "-gpu_memory_target", str(args.gpu_memory_target), "-preprocessor_name", PREPROCESSOR)  # fmt: skip
+        else:
+            run(args, "plan_one", plan,
+                "nnUNetv2_move_plans_between_datasets", "-s", DATASETS["all"][7:10], "-t", number, "-sp", PLANS,
+                )  # fmt: skip
+            description = preprocessed / "dataset.json"
+            description.write_text((raw / "dataset.json").read_text())
+        run(args, f"preprocess_{setting}", preprocessed / "gt_segmentations",
+            "nnUNetv2_preprocess", "-d", number, "-plans_name", PLANS, "-c", "2d", "-np", "1")  # fmt: skip
+
+
+def train_and_predict(args: argparse.Namespace, model: str, setting: str, last: str) -> tuple[Path, dict[str, Path]]:
+    """Folder of the model, and of its predictions: samples drawn, and with weights."""
+    trainer = f"{TRAINERS[model]}_{args.epochs}epochs_{args.iterations}iterations"
+    dataset = DATASETS[setting]
+    folder = args.work / "nnUNet_results" / dataset / f"{trainer}__{PLANS}__2d"
+    options = (dataset[7:10], trainer, PLANS, args.device, str(args.seed), str(args.threads))
+    run(args, f"train_{model}_{setting}", folder / "fold_all" / "checkpoint_final.pth", "-c", SEEDED_TRAINING, *options,
+        training=True)  # fmt: skip
+    kinds = {"drawn": (MANY, ())} | ({"compact": (FEW, ("--compact",))} if model == "MoSE" else {})
+    folders = {}
+    for kind, (samples, flags) in kinds.items():
+        out = folders[kind] = args.work / "predictions" / f"{trainer}_{setting}_{kind}"
+        run(args, f"predict_{out.name}", out / f"{last}.json",
+            "nnunet-multimodal", "predict", "-i", str(args.work / "nnUNet_raw" / dataset / "imagesTs"), "-o", str(out),
+            "-d", dataset[7:10], "-c", "2d", "-f", "all", "-tr", trainer, "-p", PLANS, "-device", args.device,
+            "--disable_tta", "--samples", str(samples), "--seed", str(args.seed), "--save-samples", "--maps",
+            "--save_probabilities", "--continue_prediction", "--disable_progress_bar", *flags, training=True,
+            )  # fmt: skip
+    return folder, folders
+
+
+def distances(samples: np.ndarray, raters: np.ndarray, weights: Sequence[float] | None = None) -> tuple[float, float]:
+    """D_GED^2 and M-IoU."""
+    return tuple(f(samples, raters, [NODULE], weights) for f in (generalized_energy_distance, matched_iou))
+
+
+def measure(folders: dict[str, Path], slices: Slices) -> dict[str, Any]:
+    """Means and standard errors over the held-out slices."""
+    columns: dict[str, list[float]] = {}
+    curve: ReliabilityCurve | None = None
+    for index, name in tqdm(list(slices.names(held_out=True)), desc="measure", leave=False):
+        raters, found = slices.masks[index], {}
+        for kind, folder in folders.items():
+            files = sorted((folder / "samples").glob(f"{name}__*.png"), key=lambda f: (len(f.name), f.name))
+            samples = np.stack([io.imread(file) for file in files])
+            if kind == "compact":
+                weights = json.loads((folder / f"{name}.json").read_text())["sample_weights"]
+                found["GED compact"], found["M-IoU compact"] = distances(samples, raters, weights)
+                continue
+            found["GED 16"], found["M-IoU 16"] = distances(samples[:FEW], raters)
+            found["GED 100"] = distances(samples, raters)[0]
+            mean = io.imread(folder / f"{name}.png")
+            found["Dice"] = score_distribution(mean, samples[:1], raters, [NODULE]).average.dice
+            with np.load(folder / f"{name}.npz") as npz:
+                probability = np.clip(npz["probabilities"][NODULE].squeeze(), 0, 1)
+            part = reliability_curve(probability, raters.mean(0, dtype=np.float32))
+            curve = part if curve is None else curve + part
+        for column, value in found.items():
+            columns.setdefault(column, []).append(value)
+    result = {
+        column: {"mean": round(float(np.mean(v)), 4), "standard_error": round(float(np.std(v) / len(v) ** 0.5), 4)}
+        for column, v in columns.items()
+    }
+    return {**result, "ECE": round(curve.expected_calibration_error, 6) if curve else None}
+
+
+def floors(slices: Slices) -> dict[str, dict[str, float]]:
+    """What reaches how much without an image, but with the raters' masks for two of them."""
+    found: dict[str, list[tuple[float, float]]] = {"majority mask": [], "empty": [], "one rater": []}
+    for index, _ in slices.names(held_out=True):
+        raters = slices.masks[index]
+        found["majority mask"].append(distances((2 * raters.sum(0) >= len(raters)).astype(np.uint8)[None], raters))
+        found["empty"].append(distances(np.zeros_like(raters[:1]), raters))
+        found["one rater"].append(tuple(np.mean([distances(r[None], raters) for r in raters], 0)))
+    return {
+        name: dict(zip(("GED", "M-IoU"), np.mean(v, 0).round(4).tolist(), strict=True)) for name, v in found.items()
+    }
+
+
+def main() -> None:
+    p = common.parser(__doc__)
+    p.add_argument("--work", type=Path, metavar="DIR", help="keeps all steps; default: work/lidc_mose beside OUT")
+    p.add_argument("--planner", default="nnUNetPlannerCPU")
+    p.add_argument("--gpu-memory-target", type=float, default=0.06, help="sets the batch, on nnU-Net's scale")
+    p.add_argument("--crop", type=int, default=64, metavar="PIXELS", help="edge of the middle that is used, of 128")
+    p.add_argument("--held-out", type=int, default=20, metavar="PATIENTS")
+    p.add_argument("--models", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
+    p.add_argument("--settings", nargs="+", default=list(DATASETS), choices=list(DATASETS))
+    p.add_argument("--epochs", type=int, default=10)
+    p.add_argument("--iterations", type=int, default=150)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--note", default="", help="recorded with the figures, for what a reader should know of the run")
+    args = p.parse_args()
+    args.work = (args.work or args.out.resolve().parent / "work" / "lidc_mose").resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / ".gitignore").write_text("*\n")
+    slices = Slices(common.data_folder(DATA), args.crop, args.held_out, args.seed)
+    convert(args, slices)
+    prepare(args)
+    last = max(name for _, name in slices.names(held_out=True))
+    methods = {}
+    for setting in args.settings:
+        for model in args.models:
+            folder, predictions = train_and_predict(args, model, setting, last)
+            seconds = round(training_seconds(folder / "fold_all"))
+            methods[f"{model}, {setting}"] = {**measure(predictions, slices), "training_s": seconds}
+            print(f"{model}, {setting}", methods[f"{model}, {setting}"], flush=True)
+    figures = {
+        "repeats": 1, "note": args.note, "paper": PAPER, "held_out_slices": len(list(slices.names(held_out=True))),
+        "methods": methods, "floors": floors(slices),
+    }  # fmt: skip
+    common.write(args, "lidc_mose", figures)
+
+
+if __name__ == "__main__":
+    main()
