@@ -34,6 +34,13 @@ def list_channels(path: Path, ending: str, num_channels: int) -> dict[str, set[i
     return files
 
 
+def rename_files(beside: Path, path: Path, *endings: str) -> None:
+    """Give files that were written beside their names, without their endings here, as far as they are there."""
+    for ending in endings:
+        if Path(f"{beside}{ending}").is_file():
+            Path(f"{beside}{ending}").replace(f"{path}{ending}")
+
+
 def geometry_difference(
     name_a: str,
     shape_a: Sequence[int],

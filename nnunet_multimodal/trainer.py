@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -140,7 +141,11 @@ class MultimodalTrainer(nnUNetTrainer):
         training, validation = super().get_tr_and_val_datasets()
         folder = raters_folder(self.preprocessed_dataset_folder)
         asked = HEADS[self.head].FITS_RATERS or self.rater_policy.policy != CONSENSUS
-        if folder.is_dir() and asked:
+        if asked and not folder.is_dir():
+            raw = Path(nnUNet_raw or "") / self.plans_manager.dataset_name
+            stated = "raters" in self.configuration_manager.configuration.get(OPTIONS_KEY, {})
+            RaterDataset.refuse_without(raw, folder, stated)
+        elif asked:
             training = self.raters = RaterDataset(training, folder)
             self.print_to_log_file(f"Raters of every case, policy {self.rater_policy.policy!r}: {folder}")
         return training, validation

@@ -50,6 +50,8 @@ MIN_SCALE = 1e-5  # paper: (features + a(z)) * (b(z) + 1e-5)
 INITIAL_DEVIATION = 1 / 8
 SMOOTH = 1.0  # of the IoU
 MIN_PROBABILITY = 1e-6
+MIN_WEIGHT = 1e-30  # of a gate: its logarithm's gradient must survive
+LARGE_COST = 1e3  # in place of what overflowed: GradScaler skips such a step
 COSTS = ("iou", "cross_entropy", "iou+cross_entropy")
 MIN_IMPROVEMENT = 1e-3  # of an epoch's loss, relative, to count as one
 DRAW_CHUNK = 2**18  # voxels of an image that a sample is made of at once
@@ -128,7 +130,13 @@ class ImageMixture:
         yield from self._decode(experts, generator)
 
     def draw_compact(self, num_samples: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Samples (C, *D) of all experts in turn, for the weights that ``compact_weights`` tells."""
+        """Samples (C, *D) of all experts in turn, for the weights that ``compact_weights`` tells.
+
+        Raises:
+            ValueError: fewer samples than experts.
+        """
+        if num_samples < self.head.num_experts:
+            raise ValueError(f"{num_samples} samples of {self.head.num_experts} experts; take one of each at least")
         yield from self._decode(torch.arange(num_samples) % self.head.num_experts, generator)
 
     def compact_weights(self, num_samples: int) -> Tensor:
@@ -309,6 +317,9 @@ class MoSEHead(DeterministicHead):
         def loss(distribution: ExpertMixture, target: Tensor, step: Step) -> Tensor:
             with full_precision(target.device):
                 annotations, valid, weights = self.annotations(target, step, label_manager)
+                if valid is not None:  # who ignores the whole patch costs nothing, and has nothing to say
+                    weights = weights * valid.flatten(2).any(2)
+                    weights = weights / weights.sum(1, keepdim=True).clamp_min(MIN_WEIGHT)
                 cost = pairwise_cost(distribution.samples, annotations, valid, self.cost, self.has_regions)
                 limit = annealed_limit(self.limit, self.patience, step)
                 transported, divergence = transport_terms(cost, distribution.sample_weights, weights, limit)
@@ -327,7 +338,7 @@ class MoSEHead(DeterministicHead):
             indicator, valid = encode_target(target, self.num_classes, label_manager)
             return indicator[:, None], valid, target.new_ones(len(target), 1, dtype=torch.float32)
         indicator, valid = step.raters.encode(self.num_classes, label_manager)
-        return indicator, valid, step.raters.weights.to(target.device)
+        return indicator, valid, step.raters.weights.to(target.device, torch.float32)
 
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
         """Feature map elements of one sample, nnU-Net's measure of memory: logits and probabilities of all samples."""
@@ -420,12 +431,12 @@ def transport_terms(cost: Tensor, sample_weights: Tensor, weights: Tensor, limit
         nearest = F.one_hot(fixed.argmin(1), cost.shape[1]).transpose(1, 2)  # (B, N, M)
         plan = nearest * weights[:, None]
     else:
-        finite = fixed.nan_to_num().double().cpu().numpy()
+        finite = fixed.nan_to_num(LARGE_COST, LARGE_COST, 0.0).cpu().double().numpy()
         limits = np.full(finite.shape[:2], limit)
-        plan = torch.from_numpy(transport_plan(finite, limits, weights.double().cpu().numpy(), at_most=True))
+        plan = torch.from_numpy(transport_plan(finite, limits, weights.cpu().double().numpy(), at_most=True))
         plan = plan.to(cost)
     taken = plan.sum(2)
-    divergence = torch.special.xlogy(taken, taken) - taken * sample_weights.clamp_min(MIN_PROBABILITY).log()
+    divergence = torch.special.xlogy(taken, taken) - taken * sample_weights.clamp_min(MIN_WEIGHT).log()
     return (plan * cost).sum((1, 2)), divergence.sum(1)
 
 

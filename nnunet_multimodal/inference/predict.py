@@ -42,6 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.images import rename_files
 from nnunet_multimodal.inference.base import (
     Case,
     Preprocessed,
@@ -172,6 +173,11 @@ class CaseWriter:
         self.class_scale()  # a label that does not exist is noticed before anything is predicted
         if self.args.compact and not self.predictor.has_weights:
             raise UserError(f"--compact: {self.predictor.trainer_name} has no weights of samples; MoSETrainer's have")
+        least = self.predictor.num_experts * len(self.predictor.list_of_parameters) if self.args.compact else 0
+        if self.args.samples < least:
+            raise UserError(
+                f"--compact --samples {self.args.samples}: {least} are one of each expert and fold; give more"
+            )
 
     @property
     def labels(self) -> LabelManager:
@@ -220,6 +226,7 @@ class CaseWriter:
         wanted |= {"samples": self.args.save_samples, "distribution": self.args.save_distribution}
         wanted |= {"probabilities": self.args.save_probabilities}
         complete = all(there[kind] for kind, needed in wanted.items() if needed)
+        summary = {"compact": False, **summary}  # as it was before there was that flag
         return complete and {key: summary.get(key) for key in self.settings()} == self.settings()
 
     def foreground_labels(self) -> dict[str, Any]:
@@ -333,7 +340,7 @@ class CaseWriter:
             mean, properties, predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json,
             str(beside), self.args.save_probabilities, torch.get_num_threads(),
         )  # fmt: skip
-        _rename(beside, self.output / case.name, ".npz", ".pkl", ".json", self.ending)
+        rename_files(beside, self.output / case.name, ".npz", ".pkl", ".json", self.ending)
         reader = predictor.plans_manager.image_reader_writer_class()
         return reader.read_seg(str(self.output / f"{case.name}{self.ending}"))[0][0].astype(np.int64)
 
@@ -341,7 +348,7 @@ class CaseWriter:
         beside = path.with_name(f".{path.name}")
         reader = self.predictor.plans_manager.image_reader_writer_class()
         reader.write_seg(segmentation, f"{beside}{self.ending}", properties)
-        _rename(beside, path, ".json", self.ending)
+        rename_files(beside, path, ".json", self.ending)
 
     def _write_distribution(self, case: Case, distribution: ImageDistribution) -> None:
         path = self.output / "distribution" / f"{case.name}.npz"
@@ -353,13 +360,6 @@ class CaseWriter:
         arrays |= {f"member_{index}": member.numpy() for index, member in enumerate(distribution.members)}
         np.savez_compressed(beside, **arrays)
         beside.replace(path)
-
-
-def _rename(beside: Path, path: Path, *endings: str) -> None:
-    """Give files that were written beside their names, as far as they are there."""
-    for ending in endings:
-        if Path(f"{beside}{ending}").is_file():
-            Path(f"{beside}{ending}").replace(f"{path}{ending}")
 
 
 def _write_json(content: Any, path: Path) -> None:

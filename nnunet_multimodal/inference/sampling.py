@@ -70,8 +70,10 @@ class ImageDistribution:
         """
         changed = temperature != 1 or class_scale is not None
         for index, fold in enumerate(self.folds):
-            fold = fold.scaled(temperature, class_scale) if changed else fold
-            yield from (fold.draw_compact if compact else fold.draw)(self._share(index, num_samples), generator)
+            share = self._share(index, num_samples)
+            if share:
+                fold = fold.scaled(temperature, class_scale) if changed else fold
+                yield from (fold.draw_compact if compact else fold.draw)(share, generator)
         if self.members:
             order = torch.randperm(len(self.members), generator=generator, device=generator.device)
             scale = torch.full((len(self.mean),), temperature)
@@ -135,6 +137,11 @@ class SamplePredictor(ModelPredictor):
     def has_weights(self) -> bool:
         """Whether its distributions can be told by few samples with weights."""
         return self.stochastic and self.network.head.FITS_RATERS
+
+    @property
+    def num_experts(self) -> int:
+        """How many there are, of models whose samples have weights."""
+        return self.network.head.num_experts
 
     def predict_samples(
         self, data: Tensor, num_samples: int, generator: torch.Generator, foreground: Tensor | None = None

@@ -97,8 +97,10 @@ def measure_case(
     curves = {}
     if case.probabilities is not None:
         for label, probability in zip(labels, case.probabilities, strict=True):
-            masks = np.stack([label_mask(rater, label) for rater in raters])
-            drawn = np.average(masks, 0, case.rater_weights).astype(np.float32)
+            drawn = np.zeros(raters.shape[1:], np.float32)
+            weights = np.ones(len(raters)) if case.rater_weights is None else np.array(case.rater_weights)
+            for rater, weight in zip(raters, weights / weights.sum(), strict=True):  # one at a time: they are large
+                drawn += np.float32(weight) * label_mask(rater, label)
             curves[label] = reliability_curve(probability, drawn, valid=valid)
             by_label[label]["ECE"] = curves[label].expected_calibration_error
         average["ECE"] = mean([measures["ECE"] for measures in by_label.values()])

@@ -37,6 +37,8 @@ def transport_plan(cost: np.ndarray, sources: np.ndarray, sinks: np.ndarray, at_
     if not at_most:
         sinks = sinks * (has / np.where(gets > 0, gets, 1))[:, None]  # rounding must not make it infeasible
     used = _cheap_enough(cost, sources, sinks) if at_most else np.ones(cost.shape, bool)
+    if not used.any():
+        return np.zeros(cost.shape)
     given = sparse.kron(sparse.eye_array(batch * n), np.ones((1, m))).tocsc()[:, used.ravel()]
     taken = sparse.kron(sparse.eye_array(batch), sparse.hstack([sparse.eye_array(m)] * n)).tocsc()[:, used.ravel()]
     if at_most:

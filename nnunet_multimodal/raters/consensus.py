@@ -34,7 +34,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
-from nnunet_multimodal.images import geometry_difference
+from nnunet_multimodal.images import geometry_difference, rename_files
 from nnunet_multimodal.raters.files import FOLDER, WEIGHTS, Rater, find_raters
 
 MAJORITY, STAPLE = "majority", "staple"
@@ -62,6 +62,7 @@ class Work:
     labels: LabelManager
     method: str
     values: frozenset[int]
+    ending: str
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         LabelManager(description["labels"], description.get("regions_class_order")),
         args.method,
         frozenset(_values(description["labels"])),
+        ending,
     )
     cases = [(images[case], raters[case]) for case in raters]
     _refuse([p for found in _each(partial(check_case, work), cases, args.np, "check") for p in found])
@@ -162,14 +164,16 @@ def write_consensus(work: Work, image: Path, raters: Sequence[Rater], output: Pa
     reader = work.reader()
     maps = [reader.read_seg(str(rater.file)) for rater in raters]
     if work.method in (MAJORITY, STAPLE):
-        label_maps = np.stack([labels[0] for labels, _ in maps]).astype(np.int64)
+        label_maps = np.stack([labels[0].astype(np.uint16) for labels, _ in maps])
         weights = np.array([rater.weight for rater in raters])
         agreed = (majority if work.method == MAJORITY else staple)(label_maps, weights, work.labels)
     else:
         agreed = maps[[rater.name for rater in raters].index(work.method)][0][0]
-    beside = output.with_name(f".part_{output.name}")
-    reader.write_seg(agreed.astype(np.uint8 if agreed.max() < 256 else np.uint16), str(beside), maps[0][1])
-    beside.replace(output)
+    ending = work.ending
+    beside, name = output.with_name(f".part_{output.name.removesuffix(ending)}"), output.name.removesuffix(ending)
+    labels = agreed.astype(np.uint8 if agreed.max() < 256 else np.uint16)
+    reader.write_seg(labels, f"{beside}{ending}", maps[0][1])
+    rename_files(beside, output.with_name(name), ".json", ending)  # TIFF has its spacing in a JSON
 
 
 def majority(label_maps: np.ndarray, weights: np.ndarray, labels: LabelManager) -> np.ndarray:
@@ -183,47 +187,56 @@ def majority(label_maps: np.ndarray, weights: np.ndarray, labels: LabelManager) 
     Returns:
         (*D); the ignore label where all raters ignore.
     """
-    shaped = weights.reshape(-1, *(1,) * (label_maps.ndim - 1))
-    votes = np.where(label_maps == labels.ignore_label, 0.0, shaped)  # (R, *D)
+
+    def votes(values: Any) -> np.ndarray:
+        """Weight of the raters who say one of these (*D), a rater at a time."""
+        total = np.zeros(label_maps.shape[1:], np.float32)
+        for own, weight in zip(label_maps, weights, strict=True):
+            total += np.float32(weight) * np.isin(own, values)
+        return total
+
     if labels.has_regions:
-        half = votes.sum(0) / 2
-        masks = [(votes * np.isin(label_maps, region)).sum(0) > half for region in labels.foreground_regions]
-        agreed = _in_order(masks, labels)
+        half = (np.float32(weights.sum()) - votes([labels.ignore_label] if labels.has_ignore_label else [])) / 2
+        agreed = _in_order([votes(region) > half for region in labels.foreground_regions], labels)
     else:
-        values = sorted(set(labels.all_labels))
-        agreed = np.array(values)[np.argmax([(votes * (label_maps == v)).sum(0) for v in values], 0)]
-    return _ignored(agreed, (label_maps == labels.ignore_label) | (shaped == 0), labels)
+        agreed, most = np.zeros(label_maps.shape[1:], np.int64), np.full(label_maps.shape[1:], -np.inf, np.float32)
+        for value in sorted(set(labels.all_labels)):
+            own = votes([value])
+            agreed[own > most] = value
+            most = np.maximum(most, own)
+    if labels.has_ignore_label:
+        silent = (label_maps == labels.ignore_label) | (weights == 0).reshape(-1, *(1,) * (label_maps.ndim - 1))
+        agreed[silent.all(0)] = labels.ignore_label
+    return agreed
 
 
 def staple(label_maps: np.ndarray, weights: np.ndarray, labels: LabelManager) -> np.ndarray:
-    """STAPLE's label of every voxel; arguments as in :func:`majority`, weights of 0 leave a rater out."""
+    """STAPLE's label of every voxel; arguments as in :func:`majority`, weights of 0 leave a rater out.
+
+    STAPLE has no way to say nothing: voxels that some rater ignores are not its, and the majority decides there.
+    """
     label_maps = label_maps[weights > 0]
+    agreed = majority(label_maps, np.ones(len(label_maps)), labels)
+    known = ~(label_maps == labels.ignore_label).any(0)
+    votes = label_maps[:, known]  # (R, V)
     if labels.has_regions:
-        masks = [_staple_probability(np.isin(label_maps, r)) > 0.5 for r in labels.foreground_regions]
-        agreed = _in_order(masks, labels)
+        agreed[known] = _in_order([_staple(np.isin(votes, r)) > 0.5 for r in labels.foreground_regions], labels)
     else:
         values = sorted(set(labels.all_labels))
-        agreed = np.array(values)[np.argmax([_staple_probability(label_maps == value) for value in values], 0)]
-    return _ignored(agreed, label_maps == labels.ignore_label, labels)
+        agreed[known] = np.array(values)[np.argmax([_staple(votes == value) for value in values], 0)]
+    return agreed
 
 
-def _staple_probability(masks: np.ndarray) -> np.ndarray:
-    """Probability of the true mask (*D), from raters' masks (R, *D) bool."""
-    if (masks == masks[0]).all():  # STAPLE divides by what nobody drew
+def _staple(masks: np.ndarray) -> np.ndarray:
+    """Probability of the true mask (V,), from raters' masks (R, V) bool; STAPLE knows no neighbours."""
+    if masks.size == 0 or (masks == masks[0]).all():  # STAPLE divides by what nobody drew
         return masks[0].astype(float)
-    images = [SimpleITK.GetImageFromArray(mask.astype(np.uint8)) for mask in masks]
-    return SimpleITK.GetArrayFromImage(SimpleITK.STAPLE(images, 1.0))
+    images = [SimpleITK.GetImageFromArray(mask[None].astype(np.uint8)) for mask in masks]
+    return SimpleITK.GetArrayFromImage(SimpleITK.STAPLE(images, 1.0))[0]
 
 
 def _in_order(masks: Sequence[np.ndarray], labels: LabelManager) -> np.ndarray:
     agreed = np.zeros(masks[0].shape, np.int64)
     for value, mask in zip(labels.regions_class_order, masks, strict=True):  # as nnU-Net exports regions
         agreed[mask] = value
-    return agreed
-
-
-def _ignored(agreed: np.ndarray, silent: np.ndarray, labels: LabelManager) -> np.ndarray:
-    """With the ignore label where nobody says anything."""
-    if labels.has_ignore_label:
-        agreed[silent.all(0)] = labels.ignore_label
     return agreed

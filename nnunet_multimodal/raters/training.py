@@ -17,6 +17,7 @@ from torch import Tensor
 from nnunet_multimodal.backbones.base import check_choice
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.heads.base import RaterLabels
+from nnunet_multimodal.raters.files import FOLDER, SEPARATOR
 
 CONSENSUS, RANDOM, MEAN = "consensus", "random", "mean"
 POLICIES = (CONSENSUS, RANDOM, MEAN)
@@ -51,11 +52,37 @@ class RaterDataset(nnUNetDatasetBlosc2):
         """Channels of raters that every case has."""
         return len(next(iter(self.weights.values())))
 
+    @staticmethod
+    def refuse_without(raw: Path, folder: Path, stated: bool) -> None:
+        """Raters were not preprocessed: an error if there are some, or the plans state a policy for them.
+
+        Args:
+            raw: the raw dataset.
+            folder: where they would be.
+            stated: whether the plans do.
+
+        Raises:
+            UserError: see above.
+        """
+        if stated or any((raw / FOLDER).glob(f"*{SEPARATOR}*")):
+            why = "the plans state a policy for raters" if stated else f"{raw / FOLDER} has raters"
+            raise UserError(f"{why}, and {folder} is not there; preprocess with {FIX}")
+
     def load_case(self, identifier: str) -> tuple[Any, Any, Any, dict]:
-        """nnU-Net's, with the raters."""
+        """nnU-Net's, with the raters.
+
+        Raises:
+            UserError: the raters are on another grid.
+        """
         data, _, previous, properties = super().load_case(identifier)
         file = str(self.folder / f"{identifier}.b2nd")
-        return data, blosc2.open(file, mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs), previous, properties
+        raters = blosc2.open(file, mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs)
+        if raters.shape[1:] != data.shape[1:]:
+            raise UserError(
+                f"{file} has shape {raters.shape[1:]} and the preprocessed image {data.shape[1:]}: it is of an earlier "
+                f"preprocessing; preprocess again, with {FIX}"
+            )
+        return data, raters, previous, properties
 
 
 FIX = "nnUNetv2_preprocess and plans whose preprocessor is MultimodalPreprocessor (-preprocessor_name)"

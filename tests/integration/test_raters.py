@@ -143,6 +143,33 @@ def test_policies_for_losses_of_one_target(nnunet, trainer, policy):
     set_policy(nnunet, "consensus")
 
 
+def test_raters_of_an_earlier_preprocessing_are_refused(nnunet):
+    folder = data_folder(nnunet).with_name(f"{data_folder(nnunet).name}_raters")
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    try:
+        for trainer in ("SSNTrainer", "MoSETrainer"):
+            made = nnunet.trainer(f"{trainer}_1epoch_2iterations")
+            with nnunet.environment():
+                made.initialize()
+                with pytest.raises(UserError, match=r"ratersTr has raters, and .*MultimodalPrep"):
+                    made.get_tr_and_val_datasets()
+    finally:
+        aside.rename(folder)
+    file = folder / "case_0.b2nd"
+    kept = file.read_bytes()
+    file.unlink()
+    blosc2.asarray(np.zeros((4, 3, 3, 3), np.int16), urlpath=str(file))
+    made = nnunet.trainer("SSNTrainer_1epoch_2iterations")
+    with nnunet.environment():
+        made.initialize()
+        training, _ = made.get_tr_and_val_datasets()
+        with pytest.raises(UserError, match=r"has shape \(3, 3, 3\) .*earlier preprocessing"):
+            training.load_case("case_0")
+    file.unlink()
+    file.write_bytes(kept)
+
+
 # --- the command
 
 

@@ -1,5 +1,6 @@
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +161,34 @@ def test_the_limit_makes_samples_share():
     assert transported.item() == pytest.approx(0.5 * 0.1 + 0.5 * 0.3)
 
 
+@pytest.mark.parametrize("limit", [0.5, 1.0])
+def test_who_ignores_the_whole_patch_has_nothing_to_say(limit):
+    manager = labels_of(3, ignore=True)
+    made = network(classes=3, limit=limit).train()
+    loss = made.build_loss(lambda logits, target: 0.0, manager)
+    torch.manual_seed(0)
+    distribution = made(torch.randn(3, MODALITIES, 8, 8)).distribution
+    labels = torch.randint(0, 3, (3, 2, 8, 8))
+    labels[0, 1] = labels[1] = 3  # one rater of the first image, both of the second
+    step = Step(0.1, raters=RaterLabels(labels, torch.full((3, 2), 0.5)))
+    whole = loss(distribution, labels[:, :1].float(), step)
+    part = replace(
+        distribution, samples=distribution.samples[[0, 2]], sample_weights=distribution.sample_weights[[0, 2]]
+    )
+    own = RaterLabels(labels[[0, 2]], torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    expected = loss(part, labels[[0, 2], :1].float(), Step(0.1, raters=own))
+    torch.testing.assert_close(whole * 3, expected * 2)
+
+
+def test_a_gate_recovers_from_a_vanishing_weight():
+    logits = torch.tensor([[0.0, 20.0]], requires_grad=True)
+    _, divergence = transport_terms(torch.tensor([[[0.1], [0.9]]]), logits.softmax(1), torch.ones(1, 1), 1.0)
+    divergence.sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 1.0]]), atol=1e-3, rtol=0)
+
+
 def test_costs_that_overflow_do_not_stop_the_training():
-    cost = torch.tensor([[[0.1, math.nan], [0.5, 0.4]]])
+    cost = torch.tensor([[[math.inf, math.nan], [0.5, math.inf]]])
     transported, _ = transport_terms(cost, torch.full((1, 2), 0.5), torch.tensor([[0.5, 0.5]]), 0.5)
     assert transported.shape == (1,)  # nnU-Net's GradScaler skips the step
 

@@ -95,6 +95,21 @@ def test_staple_outvotes_a_rater_who_is_often_wrong():
     assert np.array_equal(staple(np.stack([truth, 1 - truth]), np.array([1.0, 0]), PLAIN), truth)
 
 
+def test_staple_leaves_ignored_voxels_to_the_others():
+    rng = np.random.default_rng(0)
+    truth = np.zeros((1, 16, 16), int)
+    truth[0, 3:12, 3:12] = 1
+    maps = np.stack([truth] * 3)
+    maps[0] = np.where(rng.random(truth.shape) < 0.05, 1 - maps[0], maps[0])
+    maps[1:, 0, 8:] = 3
+    maps[:, 0, 15] = 3
+    for labels in (IGNORE, REGIONS_IGNORE):
+        agreed = staple(maps, np.ones(3), labels)
+        assert np.array_equal(agreed[0, :8], truth[0, :8])
+        assert np.array_equal(agreed[0, 8:15], maps[0, 0, 8:15])
+        assert (agreed[0, 15] == 3).all()
+
+
 # --- augmentation
 
 

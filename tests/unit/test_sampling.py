@@ -96,6 +96,35 @@ def test_mirroring_averages_the_mean_alone():
     assert torch.equal(mirrored.folds[0].cov_factor, plain.folds[0].cov_factor)
 
 
+def test_samples_of_a_mixture_have_no_seams():
+    network, foreground = pointwise_network("mose"), torch.ones((1, *IMAGE), dtype=torch.bool)
+    tiled, untiled = (
+        torch.stack(
+            list(
+                predictor_of(network, patch)
+                .predict_distribution(image(), foreground)
+                .draw(8, torch.Generator().manual_seed(2), compact=True)
+            )
+        )
+        for patch in ((12, 16), IMAGE[1:])
+    )
+    assert_without_seams(tiled, untiled)
+    assert (untiled[0] - untiled[1]).abs().max() > 4 * TOLERANCE
+
+
+def test_folds_of_a_mixture_have_their_own_weights_and_may_have_no_sample():
+    predictor = predictor_of(pointwise_network("mose"), (12, 16), folds=3)
+    distribution = predictor.predict_distribution(image(), torch.ones((1, *IMAGE), dtype=torch.bool))
+    shifts = [fold.head.expert_mean[0, 0].item() for fold in distribution.folds]
+    assert [round(later - shifts[0], 4) for later in shifts] == [0, 0.1, 0.2]
+    generator = torch.Generator().manual_seed(0)
+    assert len(list(distribution.draw(2, generator))) == 2
+    assert len(list(distribution.draw(12, generator, compact=True))) == len(distribution.weights(12)) == 12
+    assert sum(distribution.weights(12)) == pytest.approx(1)
+    with pytest.raises(ValueError, match="1 samples of 4 experts"):
+        list(distribution.draw(3, generator, compact=True))
+
+
 def test_folds_take_equal_shares_and_the_mean_is_theirs():
     network = pointwise_network()
     predictor = predictor_of(network, (12, 16), folds=3)
