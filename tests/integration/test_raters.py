@@ -71,7 +71,7 @@ def contents(file):
 def set_policy(nnunet, policy):
     plans = nnunet.plans()
     for configuration in ("2d", "3d_fullres"):
-        plans["configurations"][configuration]["nnunet_multimodal"] = {"raters": {"policy": policy}}
+        plans["configurations"][configuration]["nnunet_multimodal"] = {"raters": {"policy": policy}} if policy else {}
     nnunet.write_plans(plans)
 
 
@@ -140,7 +140,7 @@ def test_policies_for_losses_of_one_target(nnunet, trainer, policy):
             loader = made.get_dataloaders()[0]
             made.loss.step.progress = 1.0
             assert np.isfinite(made.train_step(next(loader))["loss"])
-    set_policy(nnunet, "consensus")
+    set_policy(nnunet, None)
 
 
 def test_raters_of_an_earlier_preprocessing_are_refused(nnunet):
@@ -153,7 +153,7 @@ def test_raters_of_an_earlier_preprocessing_are_refused(nnunet):
             with nnunet.environment():
                 made.initialize()
                 with pytest.raises(UserError, match=r"ratersTr has raters, and .*MultimodalPrep"):
-                    made.get_tr_and_val_datasets()
+                    made.get_dataloaders()
     finally:
         aside.rename(folder)
     file = folder / "case_0.b2nd"
@@ -163,9 +163,9 @@ def test_raters_of_an_earlier_preprocessing_are_refused(nnunet):
     made = nnunet.trainer("SSNTrainer_1epoch_2iterations")
     with nnunet.environment():
         made.initialize()
-        training, _ = made.get_tr_and_val_datasets()
+        made.get_dataloaders()
         with pytest.raises(UserError, match=r"has shape \(3, 3, 3\) .*earlier preprocessing"):
-            training.load_case("case_0")
+            made.raters.load_case("case_0")
     file.unlink()
     file.write_bytes(kept)
 
@@ -221,7 +221,7 @@ def test_what_is_wrong_with_raters_is_all_said_at_once(tmp_path):
 
 def test_samples_with_weights_against_the_raters(tmp_path):
     nnunet = make_dataset(tmp_path, "labels")
-    folder = write_raters(nnunet, ignore=False)
+    folder = write_raters(nnunet, ignore=False).rename(tmp_path / "raters")
     trainer = "MoSETrainer_1epoch_2iterations"
     nnunet.train(trainer, "2d")
     output = tmp_path / "out"
