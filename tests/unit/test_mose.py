@@ -28,9 +28,13 @@ REFERENCE = Path(
 class MoSEContract(NetworkContract):
     head = "mose"
 
+    def build(self, *args, **kwargs):
+        return super().build(*args, **{"head_kwargs": {"num_experts": 2, "samples_per_expert": 2}, **kwargs})
+
     def loss(self, output):
         """Every part of the distribution is trained."""
-        return super().loss(output) + output.distribution.samples.square().mean()
+        distribution = output.distribution
+        return super().loss(output) + distribution.samples.square().mean() + distribution.sample_weights.square().sum()
 
 
 class TestMoSE(MoSEContract):
