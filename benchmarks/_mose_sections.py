@@ -104,9 +104,9 @@ def lidc_mose(result: Result, table: Table) -> str:
         for name, p in result["paper"].items()
     ]  # fmt: skip
     text = [
-        f"{result['held_out_slices']} slices of held-out patients, mean ± standard error; *all*: a multi-rater data set",
-        "(MoSE fits all four raters, SSN draws one, the deterministic network has the majority). The paper's figures are",
-        "of the whole data set and long trainings, the floors need no image but the raters' masks.",
+        f"{result['held_out_slices']} slices of held-out patients, mean ± standard error; *all*: a multi-rater data",
+        "set (MoSE fits all four raters, SSN draws one, the deterministic network has the majority). The paper's",
+        "figures are of the whole data set and long trainings, the floors need no image but the raters' masks.",
         "",
         table(("", *columns, "ECE"), rows),
     ]
