@@ -138,10 +138,7 @@ def score_distribution(
     Raises:
         ValueError: shapes, types or weights do not fit.
     """
-    w, v = (
-        _weights(sample_weights, len(samples), "sample_weights"),
-        _weights(rater_weights, len(raters), "rater_weights"),
-    )
+    w, v = _both_weights(samples, raters, sample_weights, rater_weights)
     overlaps = _count([samples, raters, prediction[None]], None, labels, valid)
     distance, dice = overlaps.iou_distance(), overlaps.dice()
     sizes = overlaps.sizes_a[:, :-1]  # (L, S + R)
@@ -160,10 +157,7 @@ def generalized_energy_distance(
     valid: np.ndarray | None = None,
 ) -> float:
     """D_GED^2 of samples (S, \\*D) and raters (R, \\*D), Eq. 8; arguments as in `score_distribution`."""
-    w, v = (
-        _weights(sample_weights, len(samples), "sample_weights"),
-        _weights(rater_weights, len(raters), "rater_weights"),
-    )
+    w, v = _both_weights(samples, raters, sample_weights, rater_weights)
     return _energy_distance(_count([samples, raters], None, labels, valid).iou_distance().mean(0), w, v)
 
 
@@ -176,10 +170,7 @@ def matched_iou(
     valid: np.ndarray | None = None,
 ) -> float:
     """M-IoU of samples (S, \\*D) and raters (R, \\*D); arguments as in `score_distribution`."""
-    w, v = (
-        _weights(sample_weights, len(samples), "sample_weights"),
-        _weights(rater_weights, len(raters), "rater_weights"),
-    )
+    w, v = _both_weights(samples, raters, sample_weights, rater_weights)
     return _matched_iou(pairwise_iou_distance(samples, raters, labels, valid), w, v)
 
 
@@ -355,6 +346,18 @@ def _weights(weights: Sequence[float] | np.ndarray | None, count: int, name: str
     if array.shape != (count,) or not (array >= 0).all() or not 0 < array.sum() < np.inf:
         raise ValueError(f"{name} is {weights}; give {count} numbers >= 0 of which one is positive")
     return array / array.sum()
+
+
+def _both_weights(
+    samples: np.ndarray,
+    raters: np.ndarray,
+    sample_weights: Sequence[float] | np.ndarray | None,
+    rater_weights: Sequence[float] | np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    return (
+        _weights(sample_weights, len(samples), "sample_weights"),
+        _weights(rater_weights, len(raters), "rater_weights"),
+    )
 
 
 def _check(stacks: Sequence[np.ndarray], labels: Sequence[Label], valid: np.ndarray | None) -> None:
