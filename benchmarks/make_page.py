@@ -140,7 +140,7 @@ def sts(result: Result) -> str:
         f"batch {plan['batch_size']}, features {', '.join(map(str, plan['features_per_stage']))}. One seed. The two",
         f"floors are computed without any learning on the same {len(cases)} cases, and so differ from those in the",
         f"data's own notes: {', '.join(f'{name} {value}' for name, value in published.items())}.",
-        "So few cases and one seed cannot tell which trainer is better; both are far above the floors.",
+        "So few cases and one seed cannot tell which trainer is better; all are far above the floors.",
         "",
         table(("", "mean Dice", "mean HD95 (mm)", "training (s)"), rows),
         "",

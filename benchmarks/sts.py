@@ -170,9 +170,9 @@ def draw(args: argparse.Namespace, methods: dict[str, dict[str, Any]]) -> None:
             ax.plot(place + np.linspace(-0.2, 0.2, len(cases)), cases, "o", color="black", ms=3, alpha=0.7)
             text = "-" if mean is None else f"{mean:.3f}" if key == "dice" else f"{mean:.1f}"
             ax.annotate(text, (place, 0), (0, 4), textcoords="offset points", ha="center", fontweight="bold")
-        ax.set_xticks(range(len(methods)), [name.replace(" ", "\n") for name in methods])
+        ax.set_xticks(range(len(methods)), [re.sub(" |(?=Trainer)", "\n", name) for name in methods])
         ax.set(ylabel=label)
-    axes[0, 0].set(ylim=(0, 1), title="held-out cases (bars: mean)")
+    axes[0, 0].set(ylim=(0, 1.15), title="held-out cases (bars: mean)")
     baseline = "nnU-Net, 24 epochs"
     axes[0, 0].axhline(PUBLISHED[baseline], color="#c0392b", lw=1, ls="--", label=f"data's notes: {baseline}")
     axes[0, 0].legend(frameon=False, loc="upper left")

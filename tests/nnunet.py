@@ -197,7 +197,10 @@ def _with_cascade(plans: dict) -> dict:
     for configuration in configurations.values():
         if "batch_size" in configuration:
             configuration["batch_size"] = 2
-            configuration["nnunet_multimodal"] = {"modality_dropout": {"warm_up": 0}}  # trainings are of one epoch
+            configuration["nnunet_multimodal"] = {
+                "modality_dropout": {"warm_up": 0},  # trainings are of one epoch
+                "mose": {"num_experts": 2, "samples_per_expert": 2},
+            }
     return plans
 
 

@@ -47,7 +47,10 @@ class TestCRNPTrainer(TrainerContract):
     def test_unknown_options_are_refused_with_the_known_ones(self, datasets):
         nnunet = datasets("labels")
         for options, message in (
-            ({"crnpp": {}}, "'crnpp'.*there are: modalities, dedicated, modality_dropout, early, crnp, shaspec"),
+            (
+                {"crnpp": {}},
+                "'crnpp'.*there are: modalities, dedicated, modality_dropout, raters, early, crnp, shaspec",
+            ),
             ({"crnp": {"fussion": "concat"}}, "fussion"),
             ({"modalities": [[0], [1]]}, "must name each of the 3 image channels"),
             ({"modalities": [[0, 1], [2]]}, "equal size"),

@@ -232,7 +232,12 @@ def test_regions_in_three_dimensions_after_a_cascades_first_stage(datasets, tmp_
     first = nnunet.model(trainer, "3d_lowres") / "fold_all" / "validation"
     flags = ("-ref", raw / "labelsTr", "-prev_stage_predictions", first, "--disable_tta")
     flags += ("--attribution", "integrated_gradients", "--steps", 1)
-    output = explain(nnunet, tmp_path, *flags, trainer=trainer, configuration="3d_cascade_fullres")
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in (raw / "imagesTr").glob("case_0_*"):
+        (images / file.name).symlink_to(file)
+    output = tmp_path / "out"
+    explain(nnunet, output, *flags, trainer=trainer, configuration="3d_cascade_fullres", images=images)
     image = raw / "imagesTr" / "case_0_0000.nii.gz"
     patch = nnunet.plans()["configurations"]["3d_fullres"]["patch_size"]
     assert any(size > side for size, side in zip(segmentation(image).shape, patch, strict=True))  # several tiles
@@ -242,8 +247,8 @@ def test_regions_in_three_dimensions_after_a_cascades_first_stage(datasets, tmp_
         assert SimpleITK.ReadImage(str(file)).GetSpacing() == pytest.approx((1.0, 1.1, 1.5))
         assert segmentation(file).shape == segmentation(image).shape
         assert np.isfinite(segmentation(file)).all()
-    check_shares(output / "complementary_weights.csv", ("case", "primary", "region"), 5)
-    check_shares(output / "attribution.csv", ("case", "label"), 5)
+    check_shares(output / "complementary_weights.csv", ("case", "primary", "region"), 1)
+    check_shares(output / "attribution.csv", ("case", "label"), 1)
     assert {row["label"] for row in rows(output / "contributions.csv")} == {"whole", "lesion"}
 
 

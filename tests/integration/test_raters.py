@@ -71,7 +71,9 @@ def contents(file):
 def set_policy(nnunet, policy):
     plans = nnunet.plans()
     for configuration in ("2d", "3d_fullres"):
-        plans["configurations"][configuration]["nnunet_multimodal"] = {"raters": {"policy": policy}} if policy else {}
+        options = plans["configurations"][configuration]["nnunet_multimodal"]
+        options.pop("raters", None)
+        options |= {"raters": {"policy": policy}} if policy else {}
     nnunet.write_plans(plans)
 
 
@@ -234,8 +236,8 @@ def test_samples_with_weights_against_the_raters(tmp_path):
         summary = json.loads((output / "case_0.json").read_text())
         assert len(summary["sample_weights"]) == 6
         assert sum(summary["sample_weights"]) == pytest.approx(1)
-        assert summary["sample_weights"][:2] == pytest.approx(summary["sample_weights"][4:])  # experts 0 and 1 again
-        assert np.load(output / "distribution" / "case_0.npz")["fold_0_expert_weights"].shape == (4,)
+        assert summary["sample_weights"][:2] == pytest.approx(summary["sample_weights"][2:4])  # the experts again
+        assert np.load(output / "distribution" / "case_0.npz")["fold_0_expert_weights"].shape == (2,)
         stock = nnunet.predict(trainer, "2d", tmp_path / "stock", "--disable_tta")
         assert np.array_equal(segmentation(stock / "case_0.nii.gz"), segmentation(output / "case_0.nii.gz"))
         labels = str(nnunet.raw / DATASET / "labelsTr")

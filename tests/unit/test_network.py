@@ -22,6 +22,7 @@ def test_every_backbone_and_head_train_and_predict_with_any_subset(backbone, hea
             network.zero_grad()
             output = network.train()(with_absent(x, absent))
             loss = output.distribution.rsample((2,)).square().mean() + sum(output.auxiliary_losses.values())
+            loss = loss + output[0].square().mean()
             coarse_logits = output.coarse_logits if output.subtasks is None else output.subtasks.logits
             loss = loss + sum(coarse.square().mean() for coarse in coarse_logits)
             loss.backward()
