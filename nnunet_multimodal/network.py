@@ -194,6 +194,8 @@ class MultimodalUNet(nn.Module):
         """nnU-Net's initialisation, applied to every module."""
         InitWeights_He(1e-2)(module)
         init_last_bn_before_add_to_0(module)
+        if isinstance(module, Head):  # after its layers
+            module.initialize()
 
 
 def unwrap(network: Any) -> Any:

@@ -115,6 +115,9 @@ class Head(nn.Module, ABC):
             logits: (B, C, *D), what the backbone predicts, in place of segmentation layers of the head's own.
         """
 
+    def initialize(self) -> None:
+        """After nnU-Net's initialisation of the head's layers."""
+
     @abstractmethod
     def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor, logits: Tensor | None = None) -> Tensor:
         """The mean alone (B, C, *D), for nnU-Net's predictor."""

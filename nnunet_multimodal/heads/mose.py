@@ -12,11 +12,16 @@ Deviations from the paper and its code, and why:
   of them, with Adam; with nnU-Net's SGD the IoU alone starts slowly, as its gradient is small where nothing overlaps.
 - The transport with a limit (gamma < 1) is solved exactly, as a linear program of the whole batch; the authors' code
   assigns greedily, which is up to 13 % above the optimum and breaks the limit for raters of unequal weight.
-- The Kullback-Leibler term is that of an image. The authors' code averages it over the samples too, which makes their
-  weights of 1 (all raters) and 10 (one rater) a 16th of that here, with their 16 samples: ``kl_weight`` 1/16 and 10/16.
+- The Kullback-Leibler term is that of an image, with the paper's weight of 1. The authors' code averages it over the
+  samples too, and so has a 16th of it with their 16 samples; with Adam that hardly matters to the gate, which has no
+  other term, with nnU-Net's SGD it would learn 16 times slower.
 - gamma becomes 1 when the mean loss of an epoch has not improved for ``patience`` of the training, and at the latest
   after half of it. The authors' code watches a running mean over the whole training, which hardly ever stops falling.
 - The first of the 1x1 convolutions has no normalisation either; with one, it would take out the modulation again.
+- The gate sees the deepest features' maxima beside their averages: with nnU-Net's instance normalisation averages
+  hardly differ between images, and a gate of them alone learns the same weights for all. Its layers have nnU-Net's
+  initialisation (its last one zero), the other convolutions begin as identity, the factors b as 1: with PyTorch's own,
+  gates and experts learn slowly with SGD.
 - The mean prediction takes each expert's latents at fixed points of low discrepancy instead of random ones, so that
   nnU-Net's predictor gives the same result every time.
 - Deep supervision is nnU-Net's: its own loss of 1x1 convolutions at the coarser stages.
@@ -188,7 +193,7 @@ class MoSEHead(DeterministicHead):
         samples_per_expert: int = 4,
         latent_dimension: int = 1,
         cost: str = "iou+cross_entropy",
-        kl_weight: float = 1 / 16,
+        kl_weight: float = 1.0,
         limit: float = 0.5,
         patience: float = 0.05,
         has_regions: bool = False,
@@ -221,11 +226,24 @@ class MoSEHead(DeterministicHead):
             topology.conv_op(features, out, 1, bias=True) for out in (features, features, features, num_classes)
         )
         self.gating = nn.Sequential(
-            nn.Linear(deepest, deepest), nn.LeakyReLU(0.01), nn.Linear(deepest, deepest), nn.LeakyReLU(0.01),
+            nn.Linear(2 * deepest, deepest), nn.LeakyReLU(0.01), nn.Linear(deepest, deepest), nn.LeakyReLU(0.01),
             nn.Linear(deepest, num_experts),
         )  # fmt: skip
         self.register_buffer("points", standard_points(samples_per_expert, latent_dimension), persistent=False)
         self.seg_layers[0] = nn.Identity()  # its place is taken by the experts; the names of the others stay
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Experts that begin as one segmentation layer of the features, and a gate that sees them and is fair."""
+        nn.init.ones_(self.scale.bias)
+        for convolution in list(self.convolutions)[:-1]:
+            nn.init.dirac_(convolution.get_parameter("weight"))
+        *hidden, last = list(self.gating)[::2]
+        for layer in hidden:
+            nn.init.kaiming_normal_(layer.get_parameter("weight"), 0.01)
+            nn.init.zeros_(layer.get_parameter("bias"))
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -258,7 +276,8 @@ class MoSEHead(DeterministicHead):
     def experts(self, bottleneck: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Expert weights (B, K), latents (B, N, L) and their weights (B, N), float32; fixed points in evaluation."""
         with full_precision(bottleneck.device):
-            pi = self.gating(bottleneck.float().flatten(2).mean(2)).softmax(1)
+            positions = bottleneck.float().flatten(2)
+            pi = self.gating(torch.cat((positions.mean(2), positions.amax(2)), 1)).softmax(1)
             shape = len(pi), self.num_experts, self.samples_per_expert, self.latent_dimension
             noise = torch.randn(shape, device=pi.device) if self.training else self.points.expand(shape)
             latents = self.expert_mean[:, None] + self.expert_log_deviation.exp()[:, None] * noise
@@ -268,12 +287,13 @@ class MoSEHead(DeterministicHead):
         """Logits (B, C, *D) of a latent (B, L) for each image."""
         width = self.shift.out_features
         shift, scale = self.shift(latent), self.scale(latent) + MIN_SCALE
-        first, *others = self.convolutions
-        weight = first.weight.flatten(1)  # the modulation is part of the first convolution: W (f + a) b = W b f + W a b
-        x = affine(base[:, :width].flatten(2), weight * scale[:, None], F.linear(shift * scale, weight, first.bias))
-        for convolution in others:
-            weight = convolution.weight.flatten(1).expand(len(x), -1, -1)
-            x = affine(F.leaky_relu_(x, 0.01), weight, convolution.bias.expand(len(x), -1))
+        (weight, bias), *others = (
+            (c.get_parameter("weight").flatten(1), c.get_parameter("bias")) for c in self.convolutions
+        )
+        # the modulation is part of the first of them: W (f + a) b = (W b) f + W (a b)
+        x = affine(base[:, :width].flatten(2), weight * scale[:, None], F.linear(shift * scale, weight, bias))
+        for weight, bias in others:
+            x = affine(F.leaky_relu_(x, 0.01), weight.expand(len(x), -1, -1), bias.expand(len(x), -1))
         logits = x.unflatten(2, base.shape[2:])
         return logits if base.shape[1] == width else logits + base[:, width:]
 
