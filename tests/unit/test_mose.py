@@ -223,6 +223,36 @@ def test_a_sample_is_the_papers_modulation():
     torch.testing.assert_close(head.decode(features, z), last(expected))
 
 
+def test_the_gate_is_fair_at_first_and_learns_to_tell_normalised_images_apart():
+    net = network(num_experts=3)
+    net.apply(net.initialize)
+    bottleneck = torch.zeros(2, 8, 4, 4)
+    bottleneck[0, :, 0, 0], bottleneck[1, :, 0] = 15, 3.0  # a few large, many small: their averages
+    bottleneck[0, :, 0, 0] -= 3  # are the same
+    assert torch.equal(*bottleneck.mean((2, 3)))
+    torch.testing.assert_close(net.head.experts(bottleneck)[0], torch.full((2, 3), 1 / 3))
+    optimiser = torch.optim.SGD(net.head.gating.parameters(), 0.01, momentum=0.99, nesterov=True)
+    for _ in range(30):
+        pi = net.head.experts(bottleneck)[0]
+        optimiser.zero_grad()
+        (-pi[0, 0].log() - pi[1, 1].log()).backward()
+        optimiser.step()
+    assert min(pi[0, 0], pi[1, 1]) > 0.9
+
+
+def test_experts_begin_as_one_segmentation_layer():
+    net = network(num_experts=3, samples_per_expert=1, latent_dimension=2)
+    net.apply(net.initialize)
+    features = torch.rand(1, 4, 6, 6)
+    with torch.no_grad():
+        for modulation in (net.head.shift, net.head.scale):
+            modulation.weight.zero_()
+        net.head.shift.bias.zero_()
+        assert net.head.scale.bias.eq(1).all()
+        expected = net.head.convolutions[-1](features)
+        torch.testing.assert_close(net.head.decode(features, torch.randn(1, 2)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_experts_are_drawn_around_their_means_and_share_their_weight():
     head = network(num_experts=3, samples_per_expert=50, latent_dimension=2).head.train()
     pi, latents, weights = head.experts(torch.randn(4, 8, 3, 3))
