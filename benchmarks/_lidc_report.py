@@ -36,6 +36,9 @@ class Case:
     raters: np.ndarray
 
 
+Panel = tuple[str, np.ndarray | None]  # title and label map
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Mean prediction (Y, X) and samples (S, Y, X), label maps."""
@@ -117,30 +120,40 @@ def quantile_cases(cases: list[Case], count: int) -> list[Case]:
 
 def draw_samples(args: argparse.Namespace, cases: list[Case], folder: Path) -> None:
     """The paper's Figure 3: image, raters, mean prediction and the first samples of some slices."""
-    titles = [
-        "image",
-        *(f"rater {k + 1}" for k in range(4)),
-        "mean",
-        *(f"sample {k + 1}" for k in range(SAMPLES_SHOWN)),
-    ]
-    fig, _ = common.figure(1.05 * len(titles), 1.08 * len(cases))
-    fig.clear()
-    axes = fig.subplots(len(cases), len(titles), squeeze=False)
-    for row, case in zip(axes, cases, strict=True):
+
+    def panels(case: Case) -> list[Panel]:
         prediction = read_prediction(folder, case.name)
-        masks = [None, *case.raters, prediction.mean, *prediction.samples[:SAMPLES_SHOWN]]
-        for ax, mask in zip(row, masks, strict=True):
+        samples = enumerate(prediction.samples[:SAMPLES_SHOWN], 1)
+        return [*annotations(case), ("mean", prediction.mean), *((f"sample {k}", mask) for k, mask in samples)]
+
+    draw_masks(args, cases, panels, f"{args.name}_samples")
+
+
+def annotations(case: Case) -> list[Panel]:
+    """The image and what each rater drew."""
+    return [("image", None), *((f"rater {k}", mask) for k, mask in enumerate(case.raters, 1))]
+
+
+def draw_masks(args: argparse.Namespace, cases: list[Case], panels: Callable[[Case], list[Panel]], name: str) -> None:
+    """A row of panels for each slice; a title that is the same in all rows stands above the first alone."""
+    rows = [panels(case) for case in cases]
+    fig, _ = common.figure(1.05 * len(rows[0]), 1.12 * len(rows))
+    fig.clear()
+    axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
+    for axes_row, row, case in zip(axes, rows, cases, strict=True):
+        for ax, (title, mask), (first, _) in zip(axes_row, row, rows[0], strict=True):
             ax.imshow(case.image, cmap="gray", vmin=0, vmax=255)
             if mask is not None and mask.any():
                 ax.imshow(np.ma.masked_equal(mask, 0), cmap="Reds", vmin=0, vmax=1.4, alpha=0.4)
                 ax.contour(mask, [0.5], colors="#ff4020", linewidths=0.9)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-        row[0].set_ylabel(f"{score(Prediction(case.raters[0], case.raters), case.raters)['diversity']:.2f}", fontsize=9)
+            if row is rows[0] or title != first:
+                ax.set_title(title, fontsize=8)
+        diversity = score(Prediction(case.raters[0], case.raters), case.raters)["diversity"]
+        axes_row[0].set_ylabel(f"{diversity:.2f}", fontsize=9)
     fig.supylabel("diversity of the raters", fontsize=9)
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=9)
-    common.save(fig, args, f"{args.name}_samples")
+    common.save(fig, args, name)
 
 
 def draw_scores(args: argparse.Namespace, methods: Mapping[str, Any], floor: Mapping[str, Any], raters: Any) -> None:

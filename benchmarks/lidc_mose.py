@@ -20,7 +20,7 @@ from typing import Any
 
 import _common as common
 import numpy as np
-from _lidc_report import NODULE
+from _lidc_report import NODULE, Case, Panel, annotations, draw_masks, quantile_cases, read_prediction
 from lidc import DATA, PLANS, SEEDED_TRAINING, Slices, run, write_png
 from skimage import io
 from sts import training_seconds
@@ -32,6 +32,8 @@ from nnunet_multimodal.metrics.distribution import generalized_energy_distance, 
 DATASETS = {"all": "Dataset503_LIDCRaters", "one": "Dataset504_LIDCRaterDrawn"}
 TRAINERS = {"MoSE": "MoSETrainer", "SSN": "SSNTrainer", "deterministic": "EarlyFusionTrainer"}
 FEW, MANY = 16, 100
+EXPERTS, SHOWN, ROWS = 4, 4, 6  # MoSE's own, and what the picture shows
+COLOURS = {"deterministic": "#8a8a8a", "SSN": "#2c6fbb", "MoSE": "#d98032"}
 PREPROCESSOR = "MultimodalPreprocessor"
 PAPER = {"MoSE, all": {"GED 16": 0.218, "GED 100": 0.189, "GED compact": 0.195, "M-IoU 16": 0.624, "ECE": 0.00064}}
 
@@ -138,7 +140,14 @@ def measure(folders: dict[str, Path], slices: Slices) -> dict[str, Any]:
         column: {"mean": round(float(np.mean(v)), 4), "standard_error": round(float(np.std(v) / len(v) ** 0.5), 4)}
         for column, v in columns.items()
     }
-    return {**result, "ECE": round(curve.expected_calibration_error, 6) if curve else None}
+    assert curve is not None
+    reliability = {"probability": curve.confidence, "raters": curve.frequency}
+    return {
+        **result,
+        "ECE": round(curve.expected_calibration_error, 6),
+        "reliability": {name: [round(float(v), 4) for v in values] for name, values in reliability.items()},
+        "pixels": curve.count.tolist(),
+    }
 
 
 def floors(slices: Slices) -> dict[str, dict[str, float]]:
@@ -152,6 +161,47 @@ def floors(slices: Slices) -> dict[str, dict[str, float]]:
     return {
         name: dict(zip(("GED", "M-IoU"), np.mean(v, 0).round(4).tolist(), strict=True)) for name, v in found.items()
     }
+
+
+def draw_experts(args: argparse.Namespace, cases: list[Case], folders: dict[str, Path]) -> None:
+    """Slices, what the raters drew, a sample of each expert with its weight, and samples that were drawn."""
+
+    def panels(case: Case) -> list[Panel]:
+        experts = read_prediction(folders["compact"], case.name).samples[:EXPERTS]
+        weights = json.loads((folders["compact"] / f"{case.name}.json").read_text())["sample_weights"]
+        shares = [sum(weights[k::EXPERTS]) for k in range(EXPERTS)]
+        drawn = enumerate(read_prediction(folders["drawn"], case.name).samples[:SHOWN], 1)
+        return [
+            *annotations(case),
+            *(
+                (f"expert {k + 1}: {share:.2f}", mask)
+                for k, (share, mask) in enumerate(zip(shares, experts, strict=True))
+            ),
+            *((f"sample {k}", mask) for k, mask in drawn),
+        ]
+
+    draw_masks(args, cases, panels, "lidc_mose_samples")
+
+
+def draw(args: argparse.Namespace, methods: dict[str, Any], floor: dict[str, dict[str, float]]) -> None:
+    """D_GED^2 with two standard errors beside the floors, and the reliability curves."""
+    fig, axes = common.figure(11, 3.8, 2)
+    left, right = axes[0]
+    for place, (name, method) in enumerate(methods.items()):
+        value, model = method["GED 16"], name.split(", ")[0]
+        left.bar(place, value["mean"], 0.65, color=COLOURS[model], yerr=2 * value["standard_error"], ecolor="#404040")
+        left.annotate(f"{value['mean']:.3f}", (place, value["mean"] + 2 * value["standard_error"]), (0, 3),
+                      textcoords="offset points", ha="center")  # fmt: skip
+        style = "-" if name.endswith("all") else "--"
+        right.plot(*method["reliability"].values(), style, marker=".", color=COLOURS[model], label=name)
+    left.set_xticks(range(len(methods)), [name.replace(", ", "\n") for name in methods], fontsize=8)
+    left.axhline(floor["majority mask"]["GED"], color="#c0392b", lw=1, label="majority mask")
+    left.set(ylabel="$D^2_{GED}$, 16 samples", title="distance to the raters (lower is better)")
+    right.plot((0, 1), (0, 1), color="#c0392b", lw=1)
+    right.set(xlabel="probability of nodule", ylabel="raters who drew it", title="do probabilities mean what they say?")
+    for ax in (left, right):
+        ax.legend(frameon=False, fontsize=8)
+    common.save(fig, args, "lidc_mose")
 
 
 def main() -> None:
@@ -183,9 +233,14 @@ def main() -> None:
             seconds = round(training_seconds(folder / "fold_all"))
             methods[f"{model}, {setting}"] = {**measure(predictions, slices), "training_s": seconds}
             print(f"{model}, {setting}", methods[f"{model}, {setting}"], flush=True)
+            if (model, setting) == ("MoSE", "all"):
+                cases = [Case(name, slices.images[i], slices.masks[i]) for i, name in slices.names(held_out=True)]
+                draw_experts(args, quantile_cases(cases, ROWS), predictions)
+    floor = floors(slices)
+    draw(args, methods, floor)
     figures = {
         "repeats": 1, "note": args.note, "paper": PAPER, "held_out_slices": len(list(slices.names(held_out=True))),
-        "methods": methods, "floors": floors(slices),
+        "methods": methods, "floors": floor,
     }  # fmt: skip
     common.write(args, "lidc_mose", figures)
 

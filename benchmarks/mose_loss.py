@@ -22,7 +22,7 @@ SETTINGS = {"LIDC": (16, 16), "many samples": (4, 100)}  # batch, samples
 RATERS, SIZE, CLASSES = 4, 128, 2
 NEEDED = {"LIDC": {"seconds": 0.1, "mib": 250.0}, "many samples": {"seconds": 0.1}}
 REFERENCE = {"LIDC": {"seconds": 0.14, "mib": 472.0}, "many samples": {"seconds": 0.20}}  # the authors' code, 2 cores
-KL_WEIGHT = 1 / 16
+KL_WEIGHT = 1.0
 
 
 def data(batch: int, samples: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
