@@ -81,6 +81,28 @@ def mose_loss(result: Result, table: Table) -> str:
     return "\n".join(text)
 
 
+def mose_step(result: Result, table: Table) -> str:
+    """Memory and time of a step in units of nnU-Net's."""
+    text = [
+        "Times nnU-Net's own network on the same plan: what is kept from the forward to the backward pass, the peak of a",
+        "step with parameters and momentum, and its time. Samples are made one at a time and again in the backward pass.",
+    ]
+    for kind, contenders in result["results"].items():
+        rows = [
+            (
+                name, f"{r['saved_times']:.2f}", f"{r['peak_times']:.2f}",
+                f"{r['step_times']['median']:.2f} ({r['step_times']['low']:.2f} to {r['step_times']['high']:.2f})",
+            )
+            for name, r in contenders.items()
+        ]  # fmt: skip
+        plan = result["plans"][kind]
+        size = " x ".join(map(str, plan["patch"]))
+        features = ", ".join(map(str, plan["features"]))
+        text += ["", f"**{kind.upper()}**: patch {size}, batch {plan['batch']}, features {features}.", ""]
+        text += [table(("", "kept", "peak", "step"), rows)]
+    return "\n".join(text)
+
+
 def lidc_mose(result: Result, table: Table) -> str:
     """Distances, M-IoU and calibration beside the floors."""
     columns = ("GED 16", "GED 100", "GED compact", "M-IoU 16", "M-IoU compact", "Dice")
@@ -118,4 +140,5 @@ SECTIONS: dict[str, tuple[str, Callable[[Result, Table], str]]] = {
     "modes": ("Does MoSE find the modes?", modes),
     "lidc_mose": ("MoSE on lung nodules with four raters", lidc_mose),
     "mose_loss": ("MoSE's loss", mose_loss),
+    "mose_step": ("What MoSE costs in a training step", mose_step),
 }

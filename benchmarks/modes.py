@@ -43,7 +43,13 @@ SHOWN = 4
 MODELS: dict[str, dict[str, Any]] = {
     "MoSE": {
         "head": "mose",
-        "head_kwargs": {"num_experts": 8, "samples_per_expert": 1, "latent_dimension": 5, "cost": "cross_entropy"},
+        "head_kwargs": {
+            "num_experts": 8,
+            "samples_per_expert": 1,
+            "latent_dimension": 5,
+            "cost": "cross_entropy",
+            "preference": 0.01,
+        },  # fmt: skip
     },
     "SSN": {"head": "ssn", "head_kwargs": {"warm_up": 0.1}},
     "deterministic": {"head": "deterministic"},
@@ -222,7 +228,7 @@ def draw(model: Trained, images: Tensor, maps: Tensor, args: argparse.Namespace)
 
 def main() -> None:
     p = common.parser(__doc__)
-    p.add_argument("--images", type=int, default=400)
+    p.add_argument("--images", type=int, default=2000)
     p.add_argument("--held-out", type=int, default=60)
     p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--epoch", type=int, default=50, help="steps")

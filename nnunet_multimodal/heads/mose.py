@@ -12,6 +12,9 @@ Deviations from the paper and its code, and why:
   of them, with Adam; with nnU-Net's SGD the IoU alone starts slowly, as its gradient is small where nothing overlaps.
 - The transport with a limit (gamma < 1) is solved exactly, as a linear program of the whole batch; the authors' code
   assigns greedily, which is up to 13 % above the optimum and breaks the limit for raters of unequal weight.
+- ``preference`` (0, as in the paper, if not stated) makes an expert cost less by so much for every factor e of its
+  weight when annotations are assigned. Experts with the same answer share its weight by chance otherwise. Before gamma
+  is 1 it would decide for one expert while they are still alike.
 - The Kullback-Leibler term is that of an image, with the paper's weight of 1. The authors' code averages it over the
   samples too, and so has a 16th of it with their 16 samples; with Adam that hardly matters to the gate, which has no
   other term, with nnU-Net's SGD it would learn 16 times slower.
@@ -175,6 +178,8 @@ class MoSEHead(DeterministicHead):
         kl_weight: beta, of an image's Kullback-Leibler term.
         limit: gamma at the beginning: no sample may take more of the annotations than this.
         patience: part of the training without improvement after which gamma becomes 1.
+        preference: for heavier experts (see ``transport_terms``) once gamma is 1; 0.01 takes the weight from those that
+            repeat others.
         has_regions: output channels are regions; resolved by the trainer.
 
     Raises:
@@ -196,6 +201,7 @@ class MoSEHead(DeterministicHead):
         kl_weight: float = 1.0,
         limit: float = 0.5,
         patience: float = 0.05,
+        preference: float = 0.0,
         has_regions: bool = False,
     ) -> None:
         super().__init__(topology, num_classes)
@@ -206,16 +212,18 @@ class MoSEHead(DeterministicHead):
                 "at least 0; correct them in the plans file"
             )
         samples = num_experts * samples_per_expert
-        if not 1 / samples <= limit <= 1 or not 0 <= patience <= 1:
+        if not 1 / samples <= limit <= 1 or not 0 <= patience <= 1 or not 0 <= preference < math.inf:
             raise ValueError(
-                f"limit {limit}, patience {patience} for MoSE: the limit must be at least 1 / {samples} samples and at "
-                "most 1, the patience between 0 and 1; correct them in the plans file"
+                f"limit {limit}, patience {patience}, preference {preference} for MoSE: the limit must be at least "
+                f"1 / {samples} samples and at most 1, the patience between 0 and 1, the preference at least 0; correct "
+                "them in the plans file"
             )
         self.cost = check_choice("MoSE", "cost", cost, COSTS)
         self.num_experts, self.samples_per_expert, self.latent_dimension = (
             num_experts, samples_per_expert, latent_dimension,
         )  # fmt: skip
-        self.kl_weight, self.limit, self.patience, self.has_regions = kl_weight, limit, patience, has_regions
+        self.kl_weight, self.limit, self.patience, self.preference = kl_weight, limit, patience, preference
+        self.has_regions = has_regions
         features, deepest = topology.features_per_stage[0], topology.bottleneck_features
         spread = torch.linspace(-1, 1, num_experts)[:, None] if num_experts > 1 else torch.zeros(1, 1)
         spread = spread if latent_dimension == 1 else torch.randn(num_experts, latent_dimension)
@@ -341,7 +349,8 @@ class MoSEHead(DeterministicHead):
                     weights = weights / weights.sum(1, keepdim=True).clamp_min(MIN_WEIGHT)
                 cost = pairwise_cost(distribution.samples, annotations, valid, self.cost, self.has_regions)
                 limit = annealed_limit(self.limit, self.patience, step)
-                transported, divergence = transport_terms(cost, distribution.sample_weights, weights, limit)
+                preference = self.preference if limit >= 1 else 0.0
+                transported, divergence = transport_terms(cost, distribution.sample_weights, weights, limit, preference)
                 return transported.mean() + self.kl_weight * divergence.mean()
 
         return loss
@@ -444,7 +453,9 @@ def pairwise_cost(samples: Tensor, annotations: Tensor, valid: Tensor | None, ki
     return 1 - iou.mean(3)
 
 
-def transport_terms(cost: Tensor, sample_weights: Tensor, weights: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def transport_terms(
+    cost: Tensor, sample_weights: Tensor, weights: Tensor, limit: float, preference: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Cost of the cheapest transport, and KL(what it takes of each sample || the samples' weights), (B,) each.
 
     Args:
@@ -452,8 +463,11 @@ def transport_terms(cost: Tensor, sample_weights: Tensor, weights: Tensor, limit
         sample_weights: (B, N).
         weights: of the annotations (B, M), each row summing to 1; 0 for none.
         limit: gamma, what a sample can take at most.
+        preference: how much more a sample may cost that has e times the weight of another, and be taken still.
     """
     fixed = cost.detach()
+    if preference:
+        fixed = fixed - preference * sample_weights.detach().clamp_min(MIN_WEIGHT).log()[:, :, None]
     if limit >= 1:
         nearest = F.one_hot(fixed.argmin(1), cost.shape[1]).transpose(1, 2)  # (B, N, M)
         plan = nearest * weights[:, None]

@@ -208,6 +208,20 @@ def test_the_limit_is_lifted_on_a_plateau_and_in_the_second_half():
     assert annealed_limit(0.5, 0.05, Step(0.0, [])) == 0.5
 
 
+def test_a_preference_lets_the_heavier_of_two_equal_samples_take_all():
+    cost = torch.tensor([[[0.100, 0.5], [0.102, 0.5], [0.6, 0.1]]], dtype=torch.float64)
+    weights = torch.tensor([[0.2, 0.6, 0.2]], dtype=torch.float64)
+    raters = torch.full((1, 2), 0.5, dtype=torch.float64)
+    transported, divergence = transport_terms(cost, weights, raters, 1.0)
+    assert transported.item() == pytest.approx(0.1)
+    preferring, other_divergence = transport_terms(cost, weights, raters, 1.0, 0.01)
+    assert preferring.item() == pytest.approx(0.101)  # of the cost itself, without the preference
+    assert divergence.item() == pytest.approx(0.5 * math.log(0.5 / 0.2) * 2)
+    assert other_divergence.item() == pytest.approx(0.5 * math.log(0.5 / 0.6) + 0.5 * math.log(0.5 / 0.2))
+    limited, _ = transport_terms(cost, weights, raters, 0.5, 0.01)
+    assert limited.item() == pytest.approx(0.101)
+
+
 # --- the head
 
 
@@ -357,6 +371,7 @@ def test_raters_and_a_single_target_have_the_same_loss_where_they_agree(regions)
         ({"cost": "dice"}, "cost='dice'"),
         ({"kl_weight": -1}, "kl_weight -1"),
         ({"patience": 2}, "patience 2"),
+        ({"preference": -0.1}, "preference -0.1"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
