@@ -84,8 +84,9 @@ def mose_loss(result: Result, table: Table) -> str:
 def mose_step(result: Result, table: Table) -> str:
     """Memory and time of a step in units of nnU-Net's."""
     text = [
-        "Times nnU-Net's own network on the same plan: what is kept from the forward to the backward pass, the peak of a",
-        "step with parameters and momentum, and its time. Samples are made one at a time and again in the backward pass.",
+        "Times nnU-Net's own network on the same plan: what is kept from the forward to the backward pass, the peak of",
+        "a step with parameters and momentum, and its time. Samples are made one at a time, and again in the backward",
+        "pass.",
     ]
     for kind, contenders in result["results"].items():
         rows = [

@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "latent_dimension": 5,
             "cost": "cross_entropy",
             "preference": 0.01,
-        },  # fmt: skip
+        },
     },
     "SSN": {"head": "ssn", "head_kwargs": {"warm_up": 0.1}},
     "deterministic": {"head": "deterministic"},

@@ -215,8 +215,8 @@ class MoSEHead(DeterministicHead):
         if not 1 / samples <= limit <= 1 or not 0 <= patience <= 1 or not 0 <= preference < math.inf:
             raise ValueError(
                 f"limit {limit}, patience {patience}, preference {preference} for MoSE: the limit must be at least "
-                f"1 / {samples} samples and at most 1, the patience between 0 and 1, the preference at least 0; correct "
-                "them in the plans file"
+                f"1 / {samples} samples and at most 1, the patience between 0 and 1, the preference at least 0; "
+                "correct them in the plans file"
             )
         self.cost = check_choice("MoSE", "cost", cost, COSTS)
         self.num_experts, self.samples_per_expert, self.latent_dimension = (
