@@ -135,11 +135,20 @@ class Objective(nn.Module):
         """
         if isinstance(output, Tensor):
             return self.segmentation_loss(output, target)
+        first, *others = self.terms(output, target).values()
+        return sum(others, first)
+
+    def terms(self, output: NetworkOutput, target: Any) -> dict[str, Tensor]:
+        """What the loss is the sum of, by name."""
         targets, weights = ([target], [1.0]) if self.weights is None else (target, self.weights)
         active = None if output.subtasks is None else output.subtasks.active.cpu()
         levels = enumerate(zip(weights, targets, (None, *output.coarse_logits), strict=True))
-        terms = [weight * self._at(output, level, target, active) for level, (weight, target, _) in levels if weight]
-        return sum([*terms[1:], *output.auxiliary_losses.values()], terms[0])
+        terms = {
+            f"segmentation at resolution {level}": weight * self._at(output, level, target, active)
+            for level, (weight, target, _) in levels
+            if weight
+        }
+        return {**terms, **output.auxiliary_losses}
 
     def _at(self, output: NetworkOutput, level: int, target: Tensor, active: Tensor | None) -> Tensor:
         """The segmentation term of a resolution."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
@@ -13,7 +15,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
+from torch import Tensor, nn
 
 from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.doctor import hook_file
@@ -23,6 +25,13 @@ from nnunet_multimodal.heads.base import RaterLabels
 from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.modalities import ModalityDropout
 from nnunet_multimodal.network import MultimodalUNet, build, unwrap
+from nnunet_multimodal.nonfinite import (
+    MAX_SKIPPED_STEPS,
+    NonFiniteGradientError,
+    name_nonfinite_input,
+    name_nonfinite_terms,
+    refuse_nonfinite_gradients,
+)
 from nnunet_multimodal.planning import OPTIONS_KEY, check_same_options, network_kwargs, resolve_options
 from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, cases_without, check_incomplete
 from nnunet_multimodal.raters.preprocessing import raters_folder
@@ -85,6 +94,9 @@ class MultimodalTrainer(nnUNetTrainer):
         if hook_file() is not None:  # else nnU-Net's workers would not find our preprocessor
             know_placeholders(self.plans_manager.plans)
         super().initialize()
+        self.skipped_steps = 0
+        if self.grad_scaler is None:
+            self.optimizer.register_step_pre_hook(refuse_nonfinite_gradients)
 
     @classmethod
     def build_network_architecture(
@@ -159,23 +171,66 @@ class MultimodalTrainer(nnUNetTrainer):
     def on_epoch_start(self) -> None:
         """nnU-Net's, and the loss is told how far the training is."""
         super().on_epoch_start()
+        self.skipped_steps = 0
         self.loss.step.progress = (self.current_epoch + 1) / self.num_epochs
         self.loss.step.epoch_losses = tuple(self.logger.get_value("train_losses", step=None)[: self.current_epoch])
 
     def train_step(self, batch: dict) -> dict:
-        """nnU-Net's, on the modalities that :class:`ModalityDropout` leaves."""
+        """nnU-Net's, on the modalities that :class:`ModalityDropout` leaves.
+
+        A step whose loss or gradient is not finite leaves the weights as they are; its loss is NaN.
+
+        Raises:
+            UserError: more than ``MAX_SKIPPED_STEPS`` such steps in this epoch.
+        """
+        images = batch["data"]
         if self.dropout is not None:
             network = unwrap(self.network)
             groups = [group for m, group in enumerate(network.groups) if m not in network.unused]
             progress = self.current_epoch / self.num_epochs
             data = batch["data"].to(self.device, non_blocking=True)
             batch = {**batch, "data": self.dropout(data, groups, progress)}
-        if self.raters is None:
-            return super().train_step(batch)
+        if self.raters is not None:
+            batch = self._with_raters(batch)
         try:
-            return super().train_step(self._with_raters(batch))
+            try:
+                result = super().train_step(batch)
+            except NonFiniteGradientError:
+                result = {"loss": np.array(np.nan, dtype=np.float32)}
+            if not np.isfinite(result["loss"]):
+                self._count_skipped(batch, images)
+            return result
         finally:
             self.loss.step.raters = None
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """nnU-Net's, of the steps that were not skipped; theirs count as the mean of the others."""
+        losses = np.array([output["loss"] for output in train_outputs], dtype=np.float64)
+        finite = np.isfinite(losses)
+        if finite.any() and not finite.all():  # as many on every process
+            train_outputs = [{"loss": np.where(finite, losses, losses[finite].mean())[i]} for i in range(len(losses))]
+        super().on_train_epoch_end(train_outputs)
+
+    def _count_skipped(self, batch: dict, images: Tensor) -> None:
+        """Say what was not finite, as far as a second pass shows it."""
+        self.skipped_steps += 1
+        cases = list(map(str, batch["keys"]))
+        channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
+        found = list(name_nonfinite_input(images, cases, list(map(str, channels.values()))))
+        with torch.no_grad(), torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            found += name_nonfinite_terms(unwrap(self.network), self.loss, batch, self.device)
+        message = (
+            f"loss or gradient not finite in epoch {self.current_epoch}, cases {', '.join(cases)}: "
+            f"{'; '.join(found) or 'all finite in a second pass, so the gradient overflowed'}"
+        )
+        self.print_to_log_file(
+            f"Step skipped ({self.skipped_steps} of at most {MAX_SKIPPED_STEPS} an epoch): {message}"
+        )
+        if self.skipped_steps > MAX_SKIPPED_STEPS:
+            raise UserError(
+                f"{message}; more than {MAX_SKIPPED_STEPS} steps of this epoch were skipped. Mend what is named here "
+                "or lower the learning rate, and go on from the last checkpoint with --c"
+            )
 
     def _with_raters(self, batch: dict) -> dict:
         """The batch with the target that the policy makes of its raters; the loss is told all of them."""

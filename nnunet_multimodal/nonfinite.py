@@ -1,0 +1,67 @@
+"""Training steps whose loss or gradient is not finite: named, skipped, counted, and too many of them an error.
+
+nnU-Net's GradScaler skips them on a GPU; without it, on a CPU, one of them would turn all weights into NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunet_multimodal.losses import Objective
+
+MAX_SKIPPED_STEPS = 10  # in an epoch
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The optimiser was about to step with it."""
+
+
+def refuse_nonfinite_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """For ``torch.optim.Optimizer.register_step_pre_hook``.
+
+    Raises:
+        NonFiniteGradientError: a gradient is not finite.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        torch.nn.utils.clip_grad_norm_(parameters, math.inf, error_if_nonfinite=True)
+    except RuntimeError as error:
+        raise NonFiniteGradientError(str(error)) from error
+
+
+def name_nonfinite_input(data: Tensor, cases: Sequence[str], channels: Sequence[str]) -> Iterator[str]:
+    """Which modality of which case holds what it should not; a channel that is all NaN is an absent modality.
+
+    Args:
+        data: (B, channels, *D), images first.
+        cases: B names.
+        channels: names of the image channels.
+    """
+    for case, image in zip(cases, data, strict=True):
+        for channel, values in zip(channels, image[: len(channels)], strict=True):
+            infinite, missing = int(values.isinf().sum()), int(values.isnan().sum())
+            if infinite or 0 < missing < values.numel():
+                yield f"{channel} of {case} has {infinite} infinite and {missing} NaN voxels"
+
+
+def name_nonfinite_terms(network: Any, loss: Objective, batch: Mapping[str, Any], device: torch.device) -> list[str]:
+    """Cases whose logits are not finite, and terms of the loss that are not, in another pass.
+
+    Args:
+        network: in training mode.
+        loss: its objective.
+        batch: nnU-Net's, with ``data``, ``target`` and ``keys``.
+        device: the network's.
+    """
+    output = network(batch["data"].to(device))
+    finite = output[0].isfinite().flatten(1).all(1).tolist()
+    found = [f"logits of {case}" for case, fine in zip(batch["keys"], finite, strict=True) if not fine]
+    target = batch["target"]
+    target = [level.to(device) for level in target] if isinstance(target, list) else target.to(device)
+    terms = loss.terms(output, target)
+    return found + [f"loss term {name!r}" for name, value in terms.items() if not value.isfinite().all()]

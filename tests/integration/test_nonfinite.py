@@ -1,0 +1,101 @@
+"""A step that is not finite is named and skipped; too many are an error."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.nonfinite import MAX_SKIPPED_STEPS, name_nonfinite_input
+
+
+@pytest.fixture(scope="module")
+def prepared(datasets):
+    nnunet = datasets("labels")
+    trainer = nnunet.trainer("EarlyFusionTrainer_1epoch_2iterations")
+    with nnunet.environment():
+        trainer.initialize()
+        batch = next(trainer.get_dataloaders()[0])
+    trainer.network.train()
+    return trainer, batch
+
+
+@pytest.fixture
+def trainer(prepared):
+    trainer, _ = prepared
+    state = deepcopy(trainer.network.state_dict())
+    trainer.on_epoch_start()
+    yield trainer
+    trainer.network.load_state_dict(state)
+
+
+@pytest.fixture
+def batch(prepared):
+    return deepcopy(prepared[1])
+
+
+@pytest.fixture
+def log(trainer, monkeypatch):
+    lines = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *text, **_: lines.append(" ".join(map(str, text))))
+    return lines
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.network.parameters()]
+
+
+def test_the_image_at_fault_is_named_and_the_weights_stay(trainer, batch, log):
+    batch["data"][1, 0].flatten()[:3] = torch.inf
+    before = weights(trainer)
+    assert np.isnan(trainer.train_step(batch)["loss"])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
+    case = batch["keys"][1]
+    assert len(log) == 1
+    assert f"T1 of {case} has 3 infinite and 0 NaN voxels; logits of {case}" in log[0]
+    assert "1 of at most 10" in log[0]
+    assert np.isfinite(trainer.train_step({**batch, "data": torch.zeros_like(batch["data"])})["loss"])
+    assert any(not torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
+
+
+def test_the_term_at_fault_is_named(trainer, batch, log, monkeypatch):
+    terms = trainer.loss.terms
+    monkeypatch.setattr(trainer.loss, "terms", lambda *args: {**terms(*args), "rnp": torch.tensor(torch.nan)})
+    assert np.isnan(trainer.train_step(batch)["loss"])
+    assert "loss term 'rnp'" in log[0]
+    assert "logits" not in log[0]
+
+
+def test_a_gradient_that_overflows_alone_is_skipped_too(trainer, batch, log):
+    parameter = next(trainer.network.parameters())
+    handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
+    before = weights(trainer)
+    assert np.isnan(trainer.train_step(batch)["loss"])
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
+    assert "gradient overflowed" in log[0]
+
+
+def test_too_many_in_an_epoch_are_an_error(trainer, batch, log):
+    batch["data"][0, 1] = torch.inf
+    for _ in range(MAX_SKIPPED_STEPS):
+        trainer.train_step(batch)
+    trainer.on_epoch_start()  # counts from 0 again
+    for _ in range(MAX_SKIPPED_STEPS):
+        trainer.train_step(batch)
+    with pytest.raises(UserError, match=rf"of {batch['keys'][0]} has .*more than 10 steps .*--c"):
+        trainer.train_step(batch)
+
+
+def test_skipped_steps_do_not_count_in_the_mean_loss_of_the_epoch(trainer):
+    trainer.on_train_epoch_end([{"loss": np.float32(v)} for v in (1.0, np.nan, 2.0)])
+    assert trainer.logger.get_value("train_losses", step=-1) == pytest.approx(1.5)
+
+
+def test_a_channel_that_is_all_nan_is_absent_and_not_at_fault():
+    data = torch.zeros(2, 3, 4, 4)
+    data[0, 0] = torch.nan
+    data[1, 1, 0, :2] = torch.nan
+    data[1, 2] = torch.inf  # not an image
+    assert list(name_nonfinite_input(data, ["a", "b"], ["T1", "T2"])) == ["T2 of b has 0 infinite and 2 NaN voxels"]
