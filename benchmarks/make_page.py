@@ -14,6 +14,7 @@ import _ciml_sections as ciml
 import _common as common
 import _missing_sections as missing
 import _mose_sections as mose
+import _planning_sections as planning
 import _ssn_sections as ssn
 
 Result = dict[str, Any]
@@ -164,6 +165,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
             **ssn.SECTIONS,
             **ciml.SECTIONS,
             **mose.SECTIONS,
+            **planning.SECTIONS,
         }.items()
     },
 }

@@ -32,12 +32,14 @@ COMBINATIONS = {
     f"{_trainer_name(*parts)}Trainer": parts for parts in itertools.product(_BACKBONES, _HEADS, _MODALITY_DROPOUT)
 }
 
-# Planners are nnU-Net's, for the memory of a backbone with several encoders: nnUNetPlannerCRNPResEncL.
+# Planners are nnU-Net's, for the memory of a backbone and a head: nnUNetPlannerCRNPSSNResEncL. Early fusion with
+# nnU-Net's own head is planned by nnU-Net's.
 ENCODER_PLANS = ("", "ResEncM", "ResEncL", "ResEncXL")
-# planner -> (backbone, nnU-Net's encoder)
+# planner -> (backbone, head, nnU-Net's encoder)
 PLANNERS = {
-    f"nnUNetPlanner{_BACKBONES[backbone]}{encoder}": (backbone, encoder)
-    for backbone, encoder in itertools.product(("crnp", "shaspec", "ciml"), ENCODER_PLANS)
+    f"nnUNetPlanner{_BACKBONES[backbone]}{_HEADS[head]}{encoder}": (backbone, head, encoder)
+    for backbone, head, encoder in itertools.product(_BACKBONES, _HEADS, ENCODER_PLANS)
+    if (backbone, head) != ("early", "deterministic")
 }
 
 # The package that nnU-Net searches -> our class -> our module.

@@ -158,7 +158,7 @@ class Objective(nn.Module):
         if output.subtasks is not None and active is not None and self.subtask_loss is not None:
             terms.append(self.subtask_loss(output.subtasks.logits[level], active, target))
         elif level > 0:
-            terms.append(self.segmentation_loss(output[level], target))
+            terms.append(self.segmentation_loss(output.coarse_logits[level - 1], target))
         return sum(terms[1:], terms[0])
 
 

@@ -1,4 +1,4 @@
-"""Planners for backbones with several encoders: nnU-Net's own, with patch and batch size for what these need.
+"""Planners for every backbone and head: nnU-Net's own, with patch and batch size for what these need.
 
 Their classes are made from nnU-Net's when it asks for a name (see ``nnunet_multimodal.lookup.PLANNERS``). Plans have
 the planner's name without "Planner": ``nnUNetCRNPResEncMPlans``.
@@ -28,14 +28,15 @@ def __getattr__(name: str) -> type:
     if name not in PLANNERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _made:
-        backbone, encoder = PLANNERS[name]
+        backbone, head, encoder = PLANNERS[name]
         stock, memory_gb = _STOCK[encoder]
         members = {
             "backbone": backbone,
+            "head": head,
             "memory_target_in_gb": memory_gb,
             "name_of_plans": f"{name.replace('Planner', '')}Plans",
             "__module__": __name__,
-            "__doc__": f"nnU-Net's {stock.__name__} for the {backbone!r} backbone, {memory_gb} GB.",
+            "__doc__": f"nnU-Net's {stock.__name__} for the {backbone!r} backbone and {head!r} head, {memory_gb} GB.",
         }
         _made[name] = type(name, (MultimodalPlannerMixin, stock), members)
     return _made[name]

@@ -314,13 +314,11 @@ class CRNPBackbone(Backbone):
 
     def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
         """Feature map elements of one sample, nnU-Net's measure of memory."""
-        sizes = self.topology.stage_sizes(patch_size)
-        features = self.topology.features_per_stage
         encoder: Any = self.encoders[0]
         size = self.num_modalities * encoder.compute_conv_feature_map_size(patch_size)
-        size += sum(f * np.prod(s, dtype=np.int64) for f, s in zip(features, sizes, strict=True))
         # RNP (two hidden and two output layers), uncertainty, fusion, attention: about ten maps of the bottleneck
-        size += 10 * self.num_modalities * features[-1] * np.prod(sizes[-1], dtype=np.int64)
+        deepest = np.prod(self.topology.stage_sizes(patch_size)[-1], dtype=np.int64)
+        size += 10 * self.num_modalities * self.topology.features_per_stage[-1] * deepest
         return size + self.decoder.compute_conv_feature_map_size(patch_size)
 
     def encoder_modalities(self) -> dict[str, list[list[int]]]:

@@ -369,11 +369,13 @@ class MoSEHead(DeterministicHead):
         return indicator, valid, step.raters.weights.to(target.device, torch.float32)
 
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
-        """Feature map elements of one sample, nnU-Net's measure of memory: logits and probabilities of all samples."""
-        voxels = np.prod(patch_size, dtype=np.int64)
+        """Feature map elements of one sample, nnU-Net's measure of memory: two tensors are kept for one that it counts.
+
+        Of every sample the logarithmic softmax and the foreground's probabilities are kept.
+        """
         samples = self.num_experts * self.samples_per_expert
-        own = voxels * (2 * samples * self.num_classes + 4 * self.topology.features_per_stage[0])
-        return super().compute_conv_feature_map_size(patch_size, deep_supervision) + int(own)
+        kept = samples * (2 * self.num_classes - 1) * np.prod(patch_size, dtype=np.int64)
+        return super().compute_conv_feature_map_size(patch_size, deep_supervision) + int(kept) // 2
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -275,9 +275,12 @@ class SSNHead(DeterministicHead):
             return -(nats / voxels).mean().float()
 
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
-        """Feature map elements of one sample, nnU-Net's measure of memory."""
-        covariance = (self.rank + 1) * self.num_classes * np.prod(patch_size, dtype=np.int64)
-        return super().compute_conv_feature_map_size(patch_size, deep_supervision) + covariance
+        """Feature map elements of one sample, nnU-Net's measure of memory: two tensors are kept for one that it counts.
+
+        Factor and diagonal are kept, and the mean once more in single precision.
+        """
+        kept = (self.rank + 3) * self.num_classes * np.prod(patch_size, dtype=np.int64)
+        return super().compute_conv_feature_map_size(patch_size, deep_supervision) + int(kept) // 2
 
 
 class SSNDiagonalHead(SSNHead):

@@ -36,6 +36,17 @@ def test_without_deep_supervision_one_target_and_still_the_auxiliary_terms():
     assert objective(None)(output(3.0, rnp=0.5), TARGETS[0]).item() == pytest.approx(18.5)
 
 
+def test_the_mean_of_a_distribution_is_not_made_for_the_loss():
+    class Costly:
+        @property
+        def mean(self):
+            raise AssertionError("a mixture's mean takes all its samples")
+
+    coarse = (torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 2, 2), 4.0))
+    loss = Objective(lambda distribution, target, step: torch.tensor(1.0), squared, (0.5, 0.25, 0.25))
+    assert loss(NetworkOutput(Costly(), coarse), TARGETS).item() == pytest.approx(0.5 + 1 + 4)
+
+
 def test_plain_logits_have_nnunets_loss():
     assert objective(None)(torch.full((1, 1, 2, 2), 3.0), TARGETS[0]).item() == 9
 
