@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from nnunet_multimodal.lookup import COMBINATIONS
 from tests.contracts import TrainerContract
 
 
@@ -26,9 +27,13 @@ def test_plans_count_every_encoder(datasets):
     assert voxels["nnUNetPlannerShaSpec"] < voxels["nnUNetPlannerCRNP"] < voxels["ExperimentPlanner"]
 
 
-@pytest.mark.parametrize("encoder", ["", "ResEncM", "ResEncL", "ResEncXL"])
-def test_planners_are_found_by_name_and_write_their_method_and_preprocessor(datasets, encoder):
-    configuration = plan(datasets("labels"), f"nnUNetPlannerShaSpec{encoder}")
-    assert configuration["architecture"]["arch_kwargs"]["backbone"] == "shaspec"
-    assert ("n_blocks_per_stage" in configuration["architecture"]["arch_kwargs"]) == bool(encoder)
+@pytest.mark.parametrize(
+    ("method", "encoder"),
+    [("ShaSpec", ""), ("ShaSpec", "ResEncM"), ("ShaSpecMoSE", "ResEncL"), ("SSN", ""), ("CRNPSSN", "ResEncXL")],
+)
+def test_planners_are_found_by_name_and_write_their_method_and_preprocessor(datasets, method, encoder):
+    configuration = plan(datasets("labels"), f"nnUNetPlanner{method}{encoder}")
+    arch_kwargs = configuration["architecture"]["arch_kwargs"]
+    assert COMBINATIONS[f"{method}Trainer"] == (arch_kwargs["backbone"], arch_kwargs["head"], False)
+    assert ("n_blocks_per_stage" in arch_kwargs) == bool(encoder)
     assert configuration["preprocessor_name"] == "MultimodalPreprocessor"
