@@ -136,7 +136,9 @@ class Objective(nn.Module):
         if isinstance(output, Tensor):
             return self.segmentation_loss(output, target)
         first, *others = self.terms(output, target).values()
-        return sum(others, first)
+        total = sum(others, first)
+        # a loss that is not finite must not have a gradient that is: the step would be taken
+        return total * torch.where(total.detach().isfinite(), 1.0, torch.nan)
 
     def terms(self, output: NetworkOutput, target: Any) -> dict[str, Tensor]:
         """What the loss is the sum of, by name."""

@@ -1,6 +1,7 @@
 """Training steps whose loss or gradient is not finite: named, skipped, counted, and too many of them an error.
 
-nnU-Net's GradScaler skips them on a GPU; without it, on a CPU, one of them would turn all weights into NaN.
+nnU-Net's GradScaler skips them on a GPU, without a word; without it, on a CPU, one of them would turn all weights into
+NaN. That the scaler lowers its scale now and then is as it should be; below ``LOWEST_USUAL_SCALE`` it counts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from nnunet_multimodal.losses import Objective
 
 MAX_SKIPPED_STEPS = 10  # in an epoch
+LOWEST_USUAL_SCALE = 1.0  # of the loss in half precision
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -35,7 +37,7 @@ def refuse_nonfinite_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> Non
 
 
 def name_nonfinite_input(data: Tensor, cases: Sequence[str], channels: Sequence[str]) -> Iterator[str]:
-    """Which modality of which case holds what it should not; a channel that is all NaN is an absent modality.
+    """Which modality of which case has infinite voxels; NaN stands for absent modalities and does no harm.
 
     Args:
         data: (B, channels, *D), images first.
@@ -44,9 +46,9 @@ def name_nonfinite_input(data: Tensor, cases: Sequence[str], channels: Sequence[
     """
     for case, image in zip(cases, data, strict=True):
         for channel, values in zip(channels, image[: len(channels)], strict=True):
-            infinite, missing = int(values.isinf().sum()), int(values.isnan().sum())
-            if infinite or 0 < missing < values.numel():
-                yield f"{channel} of {case} has {infinite} infinite and {missing} NaN voxels"
+            infinite = int(values.isinf().sum())
+            if infinite:
+                yield f"{channel} of {case} has {infinite} infinite voxels"
 
 
 def name_nonfinite_terms(network: Any, loss: Objective, batch: Mapping[str, Any], device: torch.device) -> list[str]:

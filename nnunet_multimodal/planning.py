@@ -168,13 +168,15 @@ class MultimodalPlannerMixin(ExperimentPlanner):
         self.backbone_kwargs = BACKBONES[self.backbone].dataset_options(
             self.dataset_json, self.label_manager, single, {}
         )
+        self.head_kwargs = HEADS[self.head].dataset_options(self.label_manager)
 
     # nnU-Net's is a static method that it calls on the instance
     def static_estimate_VRAM_usage(  # noqa: N802
         self, patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
     ):
         """Feature map elements of our network for a patch."""
-        if BACKBONES[self.backbone].PREDICTS:  # nnU-Net counts labels, which are more than the regions
+        # nnU-Net counts labels, which are more than the regions
+        if BACKBONES[self.backbone].PREDICTS or HEADS[self.head].STOCHASTIC:
             output_channels = self.label_manager.num_segmentation_heads
         return ExperimentPlanner.static_estimate_VRAM_usage(
             patch_size,
@@ -194,4 +196,5 @@ class MultimodalPlannerMixin(ExperimentPlanner):
 
     def _method(self) -> dict[str, Any]:
         method = {"backbone": self.backbone, "head": self.head}
-        return {**method, "backbone_kwargs": self.backbone_kwargs} if self.backbone_kwargs else method
+        options = {"backbone_kwargs": self.backbone_kwargs, "head_kwargs": self.head_kwargs}
+        return {**method, **{name: own for name, own in options.items() if own}}

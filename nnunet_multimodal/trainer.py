@@ -26,6 +26,7 @@ from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.modalities import ModalityDropout
 from nnunet_multimodal.network import MultimodalUNet, build, unwrap
 from nnunet_multimodal.nonfinite import (
+    LOWEST_USUAL_SCALE,
     MAX_SKIPPED_STEPS,
     NonFiniteGradientError,
     name_nonfinite_input,
@@ -193,11 +194,15 @@ class MultimodalTrainer(nnUNetTrainer):
         if self.raters is not None:
             batch = self._with_raters(batch)
         try:
+            scale = 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
+            refused = False
             try:
                 result = super().train_step(batch)
             except NonFiniteGradientError:
-                result = {"loss": np.array(np.nan, dtype=np.float32)}
-            if not np.isfinite(result["loss"]):
+                result, refused = {"loss": np.array(np.nan, dtype=np.float32)}, True
+            if self.grad_scaler is not None:
+                refused = self.grad_scaler.get_scale() < min(scale, LOWEST_USUAL_SCALE)
+            if refused or not np.isfinite(result["loss"]):
                 self._count_skipped(batch, images)
             return result
         finally:
@@ -205,10 +210,10 @@ class MultimodalTrainer(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """nnU-Net's, of the steps that were not skipped; theirs count as the mean of the others."""
-        losses = np.array([output["loss"] for output in train_outputs], dtype=np.float64)
+        losses = np.array([output["loss"] for output in train_outputs])
         finite = np.isfinite(losses)
-        if finite.any() and not finite.all():  # as many on every process
-            train_outputs = [{"loss": np.where(finite, losses, losses[finite].mean())[i]} for i in range(len(losses))]
+        if finite.any() and not finite.all():  # as many on every process, and in nnU-Net's shape
+            train_outputs = [{"loss": np.asarray(loss)} for loss in np.where(finite, losses, losses[finite].mean())]
         super().on_train_epoch_end(train_outputs)
 
     def _count_skipped(self, batch: dict, images: Tensor) -> None:
@@ -217,11 +222,12 @@ class MultimodalTrainer(nnUNetTrainer):
         cases = list(map(str, batch["keys"]))
         channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
         found = list(name_nonfinite_input(images, cases, list(map(str, channels.values()))))
-        with torch.no_grad(), torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
-            found += name_nonfinite_terms(unwrap(self.network), self.loss, batch, self.device)
+        if not self.is_ddp:  # the other processes would not take part in nnU-Net's Dice of the whole batch
+            with torch.no_grad(), torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+                found += name_nonfinite_terms(unwrap(self.network), self.loss, batch, self.device)
         message = (
             f"loss or gradient not finite in epoch {self.current_epoch}, cases {', '.join(cases)}: "
-            f"{'; '.join(found) or 'all finite in a second pass, so the gradient overflowed'}"
+            f"{'; '.join(found) or 'images and, in a second pass, loss are finite'}"
         )
         self.print_to_log_file(
             f"Step skipped ({self.skipped_steps} of at most {MAX_SKIPPED_STEPS} an epoch): {message}"

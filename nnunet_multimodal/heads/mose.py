@@ -23,8 +23,8 @@ Deviations from the paper and its code, and why:
 - The first of the 1x1 convolutions has no normalisation either; with one, it would take out the modulation again.
 - The gate sees the deepest features' maxima beside their averages: with nnU-Net's instance normalisation averages
   hardly differ between images, and a gate of them alone learns the same weights for all. Its layers have nnU-Net's
-  initialisation (its last one zero), the other convolutions begin as identity, the factors b as 1: with PyTorch's own,
-  gates and experts learn slowly with SGD.
+  initialisation (its last one zero), the other convolutions begin as identity, the factors b around 1: with PyTorch's
+  own, gates and experts learn slowly with SGD.
 - The mean prediction takes each expert's latents at fixed points of low discrepancy instead of random ones, so that
   nnU-Net's predictor gives the same result every time.
 - Deep supervision is nnU-Net's: its own loss of 1x1 convolutions at the coarser stages.
@@ -242,7 +242,7 @@ class MoSEHead(DeterministicHead):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Experts that begin as one segmentation layer of the features, and a gate that sees them and is fair."""
+        """Experts that begin as one segmentation layer of features that each modulates, and a gate that is fair."""
         nn.init.ones_(self.scale.bias)
         for convolution in list(self.convolutions)[:-1]:
             nn.init.dirac_(convolution.get_parameter("weight"))
@@ -371,10 +371,12 @@ class MoSEHead(DeterministicHead):
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
         """Feature map elements of one sample, nnU-Net's measure of memory: two tensors are kept for one that it counts.
 
-        Of every sample the logarithmic softmax and the foreground's probabilities are kept.
+        Of every sample the costs keep the logarithmic softmax and probabilities, of regions five maps each, in single
+        precision: in half precision they weigh twice as much as is said here.
         """
-        samples = self.num_experts * self.samples_per_expert
-        kept = samples * (2 * self.num_classes - 1) * np.prod(patch_size, dtype=np.int64)
+        samples, classes = self.num_experts * self.samples_per_expert, self.num_classes
+        maps = 5 * classes if self.has_regions else 3 if classes == 2 else 2 * classes
+        kept = samples * maps * np.prod(patch_size, dtype=np.int64)
         return super().compute_conv_feature_map_size(patch_size, deep_supervision) + int(kept) // 2
 
 

@@ -254,7 +254,7 @@ def test_the_gate_is_fair_at_first_and_learns_to_tell_normalised_images_apart():
     assert min(pi[0, 0], pi[1, 1]) > 0.9
 
 
-def test_experts_begin_as_one_segmentation_layer():
+def test_without_modulation_experts_begin_as_one_segmentation_layer():
     net = network(num_experts=3, samples_per_expert=1, latent_dimension=2)
     net.apply(net.initialize)
     features = torch.rand(1, 4, 6, 6)

@@ -3,15 +3,17 @@
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
 
+from nnunet_multimodal.backbones import BACKBONES
+from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.network import MultimodalUNet
 
-MODALITIES, CLASSES, PATCH = 3, 2, (24, 24, 24)
+MODALITIES, PATCH = 3, (24, 24, 24)
 TOPOLOGY = {
     "n_stages": 3,
     "features_per_stage": [16, 32, 64],
@@ -26,15 +28,21 @@ TOPOLOGY = {
     "nonlin": nn.LeakyReLU,
     "nonlin_kwargs": {"inplace": True},
 }
-LABELS = LabelManager({"background": 0, "structure": 1}, None)
+KINDS = {
+    "2 classes": LabelManager({"background": 0, "a": 1}, None),
+    "4 classes": LabelManager({"background": 0, "a": 1, "b": 2, "c": 3}, None),
+    "3 regions": LabelManager({"background": 0, "a": [1, 2, 3], "b": [2, 3], "c": [3]}, [1, 2, 3]),
+}
 
 
-def nnunets_loss():
-    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+def nnunets_loss(labels):
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": labels.has_regions, "ddp": False}
+    if labels.has_regions:
+        return DC_and_BCE_loss({}, dice, dice_class=MemoryEfficientSoftDiceLoss)
     return DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
 
 
-def kept(network, loss):
+def kept(network, loss, labels):
     """Bytes that live from the forward to the backward pass, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}
     storages = {}
@@ -45,22 +53,31 @@ def kept(network, loss):
             storages[storage.data_ptr()] = storage
         return tensor
 
-    x, target = torch.randn(2, MODALITIES, *PATCH), torch.randint(0, CLASSES, (2, 1, *PATCH)).float()
+    x = torch.randn(2, MODALITIES, *PATCH)
+    channels = labels.num_segmentation_heads if labels.has_regions else 1
+    target = torch.randint(0, 2, (2, channels, *PATCH))
+    target = target.bool() if labels.has_regions else target.float()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss(network.train()(x), target)
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.fixture(scope="module")
-def stock():
-    network = PlainConvUNet(MODALITIES, num_classes=CLASSES, deep_supervision=False, **TOPOLOGY)
-    return network.compute_conv_feature_map_size(PATCH), kept(network, nnunets_loss())
+@pytest.fixture(scope="module", params=KINDS)
+def stock(request):
+    labels = KINDS[request.param]
+    network = PlainConvUNet(MODALITIES, num_classes=labels.num_segmentation_heads, deep_supervision=False, **TOPOLOGY)
+    return labels, network.compute_conv_feature_map_size(PATCH), kept(network, nnunets_loss(labels), labels)
 
 
-@pytest.mark.parametrize("head", ["deterministic", "ssn", "mose"])
-@pytest.mark.parametrize("backbone", ["early", "crnp", "shaspec", "ciml"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_estimate_is_near_what_is_kept(stock, backbone, head):
-    network = MultimodalUNet(MODALITIES, CLASSES, backbone=backbone, head=head, **TOPOLOGY)
-    loss = build_objective(network, nnunets_loss(), None, LABELS)
-    estimate = network.compute_conv_feature_map_size(PATCH) / stock[0]
-    assert estimate == pytest.approx(kept(network, loss) / stock[1], rel=0.15)
+    labels, stock_estimate, stock_kept = stock
+    network = MultimodalUNet(
+        MODALITIES, labels.num_segmentation_heads, backbone=backbone, head=head,
+        head_kwargs=HEADS[head].dataset_options(labels),
+        backbone_kwargs={"has_regions": labels.has_regions} if backbone == "ciml" else {}, **TOPOLOGY,
+    )  # fmt: skip
+    loss = build_objective(network, nnunets_loss(labels), None, labels)
+    estimate = network.compute_conv_feature_map_size(PATCH) / stock_estimate
+    assert estimate == pytest.approx(kept(network, loss, labels) / stock_kept, rel=0.15)
