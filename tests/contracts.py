@@ -230,8 +230,12 @@ class TrainerContract:
 
     # --- labels and configurations
 
-    @pytest.mark.parametrize("kind", ["labels", "regions", "ignore", "regions_ignore"])
-    @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+    # in 2D regions and ignored voxels together; in 3D also each by itself
+    @pytest.mark.parametrize(
+        ("configuration", "kind"),
+        [("2d", "labels"), ("2d", "regions_ignore")]
+        + [("3d_fullres", kind) for kind in ("labels", "regions", "ignore", "regions_ignore")],
+    )
     def test_trains_validates_and_predicts(self, datasets, tmp_path, kind, configuration):
         nnunet = datasets(kind)
         fold = nnunet.train(self.short, configuration)
