@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_multimodal.heads.mose import pairwise_cost, transport_terms
+from nnunet_multimodal.heads.transport_cost import pairwise_cost, transport_terms
 
 SETTINGS = {"LIDC": (16, 16), "many samples": (4, 100)}  # batch, samples
 RATERS, SIZE, CLASSES = 4, 128, 2

@@ -10,13 +10,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch.nn import functional as F
 
 from nnunet_multimodal.heads.base import RaterLabels, Step
-from nnunet_multimodal.heads.mose import (
-    annealed_limit,
-    mixture_logits,
-    pairwise_cost,
-    standard_points,
-    transport_terms,
-)
+from nnunet_multimodal.heads.mose import annealed_limit, mixture_logits, standard_points
+from nnunet_multimodal.heads.transport_cost import pairwise_cost, transport_terms
 from nnunet_multimodal.network import MultimodalUNet
 from tests.contracts import MODALITIES, NetworkContract, unet_kwargs
 
