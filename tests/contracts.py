@@ -230,12 +230,8 @@ class TrainerContract:
 
     # --- labels and configurations
 
-    # in 2D regions and ignored voxels together; in 3D also each by itself
-    @pytest.mark.parametrize(
-        ("configuration", "kind"),
-        [("2d", "labels"), ("2d", "regions_ignore")]
-        + [("3d_fullres", kind) for kind in ("labels", "regions", "ignore", "regions_ignore")],
-    )
+    @pytest.mark.parametrize("kind", ["labels", "regions", "ignore", "regions_ignore"])
+    @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
     def test_trains_validates_and_predicts(self, datasets, tmp_path, kind, configuration):
         nnunet = datasets(kind)
         fold = nnunet.train(self.short, configuration)

@@ -21,10 +21,10 @@ Deviations from the paper and its code, and why:
 - gamma becomes 1 when the mean loss of an epoch has not improved for ``patience`` of the training, and at the latest
   after half of it. The authors' code watches a running mean over the whole training, which hardly ever stops falling.
 - The first of the 1x1 convolutions has no normalisation either; with one, it would take out the modulation again.
-- The gate sees the deepest features' maxima beside their averages: with nnU-Net's instance normalisation averages
-  hardly differ between images, and a gate of them alone learns the same weights for all. Its layers have nnU-Net's
-  initialisation (its last one zero), the other convolutions begin as identity, the factors b around 1: with PyTorch's
-  own, gates and experts learn slowly with SGD.
+- The gate's layers have nnU-Net's initialisation (its last one zero), the other convolutions begin as identity, the
+  factors b around 1: with PyTorch's own and SGD a gate learnt the same weights for all images. It sees the deepest
+  features' maxima beside their averages, which instance normalisation makes alike; in a short trial averages alone
+  did as well, with this initialisation.
 - The mean prediction takes each expert's latents at fixed points of low discrepancy instead of random ones, so that
   nnU-Net's predictor gives the same result every time.
 - Deep supervision is nnU-Net's: its own loss of 1x1 convolutions at the coarser stages.
