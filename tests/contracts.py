@@ -257,7 +257,7 @@ class TrainerContract:
 
     def test_learns(self, datasets):
         nnunet = datasets("labels")
-        trainer = self.prepared(nnunet, f"{self.trainer}_2epochs_30iterations")
+        trainer = self.prepared(nnunet, f"{self.trainer}_2epochs_30iterations", fixed_batches=True)
         with nnunet.environment():
             trainer.run_training()
         first, last = (trainer.logger.get_value("train_losses", step=step) for step in (0, -1))
