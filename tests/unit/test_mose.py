@@ -240,7 +240,7 @@ def test_the_gate_is_fair_at_first_and_learns_to_tell_normalised_images_apart():
     bottleneck = F.leaky_relu(F.instance_norm(bottleneck), 0.01)
     torch.testing.assert_close(net.head.experts(bottleneck)[0], torch.full((2, 3), 1 / 3))
     optimiser = torch.optim.SGD(net.head.gating.parameters(), 0.01, momentum=0.99, nesterov=True)
-    for _ in range(30):
+    for _ in range(200):
         pi = net.head.experts(bottleneck)[0]
         optimiser.zero_grad()
         (-pi[0, 0].log() - pi[1, 1].log()).backward()
