@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("nnUNet_def_n_proc", "1")
 os.environ.setdefault("nnUNet_compile", "f")
 
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +47,23 @@ def small_fingerprints():
 
     with mock.patch.object(DatasetFingerprintExtractor, "__init__", with_fewer_samples):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads_match_file_names():
+    """nnU-Net forks 12 processes to match file names, in every training and prediction; threads do it here."""
+    with mock.patch("nnunetv2.utilities.utils.Pool", ThreadPool):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def few_progress_plots(request):
+    """nnU-Net's 30 x 54 inch plot of every epoch takes longer than the epoch; tests marked ``plots`` have it drawn."""
+    if request.node.get_closest_marker("plots"):
+        yield
+    else:
+        with mock.patch("nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png"):
+            yield
 
 
 @pytest.fixture

@@ -238,7 +238,8 @@ class TrainerContract:
         assert (fold / "validation" / "summary.json").is_file()
         checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
         assert all(torch.isfinite(w).all() for w in checkpoint["network_weights"].values())
-        output = nnunet.predict(self.short, configuration, tmp_path / "prediction")
+        tta = () if kind == "labels" else ("--disable_tta",)  # the validation mirrors in any case
+        output = nnunet.predict(self.short, configuration, tmp_path / "prediction", *tta)
         for case in range(5):
             predicted = segmentation(output / f"case_{case}.nii.gz")
             assert predicted.shape == (18, 20, 22)
@@ -255,6 +256,7 @@ class TrainerContract:
         )
         assert len(list(output.glob("case_*.nii.gz"))) == 5
 
+    @pytest.mark.plots
     def test_learns(self, datasets):
         nnunet = datasets("labels")
         trainer = self.prepared(nnunet, f"{self.trainer}_2epochs_30iterations", fixed_batches=True)
@@ -262,6 +264,7 @@ class TrainerContract:
             trainer.run_training()
         first, last = (trainer.logger.get_value("train_losses", step=step) for step in (0, -1))
         assert last < first - 0.2, (first, last)
+        assert Path(trainer.output_folder, "progress.png").is_file()
 
     # --- deep supervision
 
