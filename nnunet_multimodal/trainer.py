@@ -176,6 +176,13 @@ class MultimodalTrainer(nnUNetTrainer):
         self.loss.step.progress = (self.current_epoch + 1) / self.num_epochs
         self.loss.step.epoch_losses = tuple(self.logger.get_value("train_losses", step=None)[: self.current_epoch])
 
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's, beside and then renamed: who is killed meanwhile leaves the one before."""
+        beside = Path(f"{filename}.writing")
+        super().save_checkpoint(str(beside))
+        if beside.is_file():
+            beside.replace(filename)
+
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's, on the modalities that :class:`ModalityDropout` leaves.
 

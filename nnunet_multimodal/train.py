@@ -1,0 +1,147 @@
+"""nnUNetv2_train on any number of machines, and with a seed.
+
+  torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+      -m nnunet_multimodal train 1 3d_fullres 0 -tr CRNPTrainer
+
+nnU-Net's own -num_gpus knows one machine. Under torchrun this command takes its rank from the environment; every other
+flag, the trainers (nnU-Net's too), the folders and the batch size of the plans, which all processes share, are
+nnU-Net's. All machines must see the same nnUNet_preprocessed and nnUNet_results. Without torchrun it trains in one
+process, as nnUNetv2_train does.
+
+--seed repeats the initial weights, the batches, what losses draw and which modalities are dropped: bit for bit on one
+CPU or GPU of the same kind, with the same versions and number of processes, with nnUNet_n_proc_DA=0. It does not cover
+nnU-Net's background workers, which augment and arrive in no fixed order, nor --c, which starts to draw anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer_module
+from torch import distributed
+from torch.backends import cudnn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_multimodal.errors import UserError
+
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """nnUNetv2_train's flags, without -num_gpus, and a seed."""
+    parser.add_argument("dataset", help="dataset name or id")
+    parser.add_argument("configuration", help="such as 3d_fullres")
+    parser.add_argument("fold", type=_fold, help="0 to 4, or all")
+    parser.add_argument("-tr", default="nnUNetTrainer", help="trainer (default: nnUNetTrainer)")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans identifier (default: nnUNetPlans)")
+    parser.add_argument("-pretrained_weights", metavar="FILE", help="nnU-Net checkpoint to start from")
+    parser.add_argument("--npz", action="store_true", help="save the validation's probabilities")
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument("--c", action="store_true", help="continue from the latest checkpoint")
+    going_on.add_argument("--val", action="store_true", help="only validate")
+    parser.add_argument("--val_best", action="store_true", help="validate checkpoint_best")
+    parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoint")
+    parser.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device (default: cuda)")
+    parser.add_argument("--backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
+    parser.add_argument("--seed", type=int, help="of everything that this process draws; see above (default: none)")
+
+
+def _fold(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and validate; returns the exit status.
+
+    Raises:
+        UserError: flags that exclude each other, or no such device.
+    """
+    if args.val_best and args.disable_checkpointing:
+        raise UserError("--val_best needs the checkpoint that --disable_checkpointing leaves out; give one of them")
+    if args.pretrained_weights and args.c:
+        raise UserError("-pretrained_weights begins a training and --c goes on with one; give one of them")
+    under_torchrun = "RANK" in os.environ
+    device = local_device(args.device)
+    cudnn.benchmark, cudnn.deterministic = args.seed is None, args.seed is not None
+    trainer = get_trainer_from_args(
+        args.dataset, args.configuration, args.fold, args.tr, args.p, args.c, torch.device(device.type)
+    )
+    trainer.disable_checkpointing = args.disable_checkpointing
+    if under_torchrun:
+        distributed.init_process_group(args.backend or BACKENDS[device.type])
+        take_part(trainer, device)
+    if args.seed is not None:
+        seed_everything(args.seed + (distributed.get_rank() if under_torchrun else 0))
+    with wrapped_for(device):
+        maybe_load_checkpoint(trainer, args.c, args.val, args.pretrained_weights)
+        if not args.val:
+            trainer.run_training()
+    if args.val_best:
+        trainer.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_best.pth"))
+    trainer.perform_actual_validation(args.npz)
+    if under_torchrun:
+        distributed.destroy_process_group()
+    return 0
+
+
+def local_device(kind: str) -> torch.device:
+    """This process's device, the one of its rank on its machine; threads as nnU-Net has them, shared on CPUs.
+
+    Raises:
+        UserError: fewer GPUs than processes, or a kind that several processes cannot train on.
+    """
+    index, processes = (int(os.environ.get(name, default)) for name, default in (
+        ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    ))  # fmt: skip
+    if kind == "cuda":
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"process {index} of this machine has no GPU: there are {torch.cuda.device_count()}; give torchrun "
+                "--nproc-per-node as many processes as there are, or -device cpu"
+            )
+        torch.set_num_threads(1)
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    if kind == "mps" and "RANK" in os.environ:
+        raise UserError("-device mps trains in one process; start it without torchrun")
+    if kind == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    return torch.device(kind)
+
+
+def take_part(trainer: Any, device: torch.device) -> None:
+    """Make a trainer one of the process group's. nnU-Net's constructor would take the rank for a GPU's index."""
+    trainer.is_ddp = True
+    trainer.local_rank = distributed.get_rank()  # who logs and writes: one process of all machines
+    trainer.device = device
+
+
+@contextmanager
+def wrapped_for(device: torch.device) -> Iterator[None]:
+    """nnU-Net wraps its network for the GPU of its rank; here it is wrapped for ``device``."""
+
+    def wrap(network: torch.nn.Module, device_ids: Any = None) -> DistributedDataParallel:
+        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+
+    original = nnunet_trainer_module.DDP
+    nnunet_trainer_module.DDP = wrap
+    try:
+        yield
+    finally:
+        nnunet_trainer_module.DDP = original
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (nnU-Net's loaders draw from it)
+    torch.manual_seed(seed)
