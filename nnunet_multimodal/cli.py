@@ -19,6 +19,7 @@ COMMANDS = {
         "nnunet_multimodal.raters.consensus",
         "labelsTr from several raters: majority, STAPLE, or one",
     ),
+    "derive": ("nnunet_multimodal.derive", "one plan for several methods, of equal patch and batch size"),
     "train": ("nnunet_multimodal.train", "nnUNetv2_train under torchrun: several machines; with a seed"),
     "predict": ("nnunet_multimodal.inference.predict", "nnUNetv2_predict with samples, uncertainty maps and intervals"),
     "evaluate": ("nnunet_multimodal.evaluate", "Dice, HD95, surface distance, D_GED^2 and calibration of a folder"),

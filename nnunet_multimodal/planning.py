@@ -12,22 +12,27 @@ may see), ``modality_dropout`` (options of :class:`~nnunet_multimodal.modalities
 
 from __future__ import annotations
 
+import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.files import written_beside
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.network import MultimodalUNet
 from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, check_incomplete
 
 OPTIONS_KEY = "nnunet_multimodal"
 NETWORK_CLASS = f"{MultimodalUNet.__module__}.{MultimodalUNet.__name__}"
+SHARED_DATA = "nnUNetMultimodalPlans"
 NETWORK_OPTIONS = ("modalities", "dedicated")  # arguments of the network itself
 STOCK_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
 
@@ -135,6 +140,7 @@ class MultimodalPlannerMixin(ExperimentPlanner):
     head: str = "deterministic"
     memory_target_in_gb: float
     name_of_plans: str
+    plans_identifier: str
 
     # nnU-Net's planners have a constructor of their own each, with these arguments
     def __init__(
@@ -186,6 +192,26 @@ class MultimodalPlannerMixin(ExperimentPlanner):
             {**arch_kwargs, **self._method()},
             arch_kwargs_req_import,
         )
+
+    def save_plans(self, plans: dict[str, Any]) -> None:
+        """nnU-Net's, which keeps configurations that a user added; the file is whole or not there."""
+        name = self.plans_identifier
+        file = Path(nnUNet_preprocessed) / self.dataset_name / f"{name}.json"
+        with written_beside(file) as beside, redirect_stdout(None):  # it would say the other file's name
+            if file.is_file():
+                shutil.copyfile(file, beside)
+            self.plans_identifier = beside.stem
+            try:
+                super().save_plans(plans)
+            finally:
+                self.plans_identifier = name
+        print(f"Plans were saved to {file}")
+
+    def generate_data_identifier(self, configuration_name: str) -> str:
+        """Folder of the preprocessed data: one for all of our planners where these do not depend on the patch."""
+        shared = configuration_name in ("2d", "3d_fullres") and self.overwrite_target_spacing is None
+        shared = shared and self.preprocessor_name == PREPROCESSOR
+        return f"{SHARED_DATA if shared else self.plans_identifier}_{configuration_name}"
 
     def get_plans_for_configuration(self, *args: Any, **kwargs: Any) -> dict:
         """nnU-Net's, with the method written into the plan's architecture."""

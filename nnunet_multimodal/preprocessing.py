@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -287,6 +288,37 @@ def cases_without(dataset_name: str, groups: Sequence[Sequence[int]]) -> set[str
     """Training cases that have none of some modalities, each of which is whole or not there (channels of each)."""
     _, present = manifest_of(dataset_name)
     return {case for case, has in present.items() if not any(all(has[c] for c in group) for group in groups)}
+
+
+def check_preprocessed(folder: Path, dataset_json: dict) -> None:
+    """Refuse data whose preprocessing was cut off: nnU-Net would train on what there is, without a word.
+
+    Args:
+        folder: preprocessed data of a configuration, in the dataset's preprocessed folder.
+        dataset_json: the dataset's.
+
+    Raises:
+        UserError: cases are missing or half written.
+    """
+    # nnU-Net writes a case's .pkl last, and gt_segmentations after all cases; old ones may remain there
+    whole = {file.stem for file in folder.glob("*.pkl") if _is_whole(file)}
+    begun = {file.stem.removesuffix("_seg") for ending in ("b2nd", "npz") for file in folder.glob(f"*.{ending}")}
+    truth = {file.name.removesuffix(dataset_json["file_ending"]) for file in folder.parent.glob("gt_segmentations/*")}
+    torn = begun - whole
+    missing = len(whole) < dataset_json["numTraining"] and not (truth and truth <= whole)
+    if torn or missing:
+        named = f"; not whole: {', '.join(sorted((torn | truth) - whole))}" if torn | truth else ""
+        raise UserError(
+            f"{folder} has {len(whole)} whole cases of {dataset_json['numTraining']} in dataset.json{named}; "
+            "run nnUNetv2_preprocess again"
+        )
+
+
+def _is_whole(pickled: Path) -> bool:
+    with pickled.open("rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, stream.tell() - 1))
+        return stream.read() == pickle.STOP
 
 
 def check_incomplete(dataset_name: str, fingerprint: dict, preprocessor: str) -> None:

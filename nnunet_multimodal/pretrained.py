@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from nnunet_multimodal.checkpoints import refuse_code
 from nnunet_multimodal.network import MultimodalUNet, unwrap
 
 
@@ -34,6 +35,7 @@ def load_pretrained_weights(stock: Callable[..., None], network: nn.Module, fnam
     ours = unwrap(network)
     if not isinstance(ours, MultimodalUNet):
         return stock(network, fname, verbose)
+    refuse_code(fname)
     weights = torch.load(fname, map_location="cpu", weights_only=False)["network_weights"]
     own = any(key.startswith("backbone.") for key in weights)
     loaded = backbone_weights(ours, weights, fname) if own else stock_weights(ours, weights, fname)

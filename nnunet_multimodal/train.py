@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
-from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer_module
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module  # noqa: N813
 from torch import distributed
 from torch.backends import cudnn
 from torch.nn.parallel import DistributedDataParallel
@@ -132,12 +132,12 @@ def wrapped_for(device: torch.device) -> Iterator[None]:
     def wrap(network: torch.nn.Module, device_ids: Any = None) -> DistributedDataParallel:
         return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
-    original = nnunet_trainer_module.DDP
-    nnunet_trainer_module.DDP = wrap
+    original = trainer_module.DDP
+    trainer_module.DDP = wrap
     try:
         yield
     finally:
-        nnunet_trainer_module.DDP = original
+        trainer_module.DDP = original
 
 
 def seed_everything(seed: int) -> None:

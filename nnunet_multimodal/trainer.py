@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nnunet_multimodal.backbones import BACKBONES
 from nnunet_multimodal.doctor import hook_file
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.files import written_beside
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.heads.base import RaterLabels
 from nnunet_multimodal.losses import build_objective
@@ -34,7 +35,13 @@ from nnunet_multimodal.nonfinite import (
     refuse_nonfinite_gradients,
 )
 from nnunet_multimodal.planning import OPTIONS_KEY, check_same_options, network_kwargs, resolve_options
-from nnunet_multimodal.preprocessing import PREPROCESSOR, STOCK_PREPROCESSOR, cases_without, check_incomplete
+from nnunet_multimodal.preprocessing import (
+    PREPROCESSOR,
+    STOCK_PREPROCESSOR,
+    cases_without,
+    check_incomplete,
+    check_preprocessed,
+)
 from nnunet_multimodal.raters.preprocessing import raters_folder
 from nnunet_multimodal.raters.training import CONSENSUS, MEAN, RANDOM, RaterDataset, RaterPolicy, split_targets
 from nnunet_multimodal.transforms import keep_foreground, keep_raters
@@ -87,6 +94,7 @@ class MultimodalTrainer(nnUNetTrainer):
                 check_same_options(model_plans, self.configuration_name, part, own)
             own = self.plans_manager.plans["configurations"][self.configuration_name]
             self.configuration_manager.configuration[OPTIONS_KEY] = own[OPTIONS_KEY] = {**options, **resolved}
+        check_preprocessed(Path(self.preprocessed_dataset_folder), self.dataset_json)
         check_incomplete(
             self.plans_manager.dataset_name,
             load_json(str(Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json")),
@@ -178,10 +186,8 @@ class MultimodalTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's, beside and then renamed: who is killed meanwhile leaves the one before."""
-        beside = Path(f"{filename}.writing")
-        super().save_checkpoint(str(beside))
-        if beside.is_file():
-            beside.replace(filename)
+        with written_beside(Path(filename)) as beside:
+            super().save_checkpoint(str(beside))
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's, on the modalities that :class:`ModalityDropout` leaves.

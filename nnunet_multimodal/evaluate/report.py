@@ -6,10 +6,8 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from nnunet_multimodal.evaluate.cases import CASE, LeftOut, Settings
@@ -127,13 +125,6 @@ def format_left_out(left_out: Iterable[LeftOut]) -> str:
 def count_cases(cases: Sized) -> str:
     """As it stands in a sentence."""
     return f"{len(cases)} case{'' if len(cases) == 1 else 's'}"
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write beside, then rename: the file is complete or not there."""
-    beside = file.with_name(f".{file.name}.part")
-    beside.write_text(text)
-    os.replace(beside, file)
 
 
 def _key(label: Label) -> str:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate.cases import CaseFiles, LeftOut, evaluate_all, read_settings
-from nnunet_multimodal.evaluate.report import format_left_out, write_text
+from nnunet_multimodal.evaluate.report import format_left_out
 from nnunet_multimodal.evaluate.subset_report import Measured, Scores, as_csv, as_markdown, case_csv, draw, summarise
+from nnunet_multimodal.files import write_json, write_text
 from nnunet_multimodal.inference.base import Case, ModelPredictor, model_folder
 
 Subset = tuple[int, ...]
@@ -209,7 +210,7 @@ def check_identity(model: Model, output: Path, args: argparse.Namespace) -> None
             "name another folder"
         )
     output.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(identity, indent=1) + "\n")
+    write_json(file, identity)
 
 
 def export(predictor: ModelPredictor, logits: Tensor, properties: dict, file: Path) -> None:

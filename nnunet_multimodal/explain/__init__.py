@@ -34,11 +34,11 @@ from tqdm import tqdm
 from nnunet_multimodal.backbones.crnp import CRNPBackbone
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate.cases import read_settings
-from nnunet_multimodal.evaluate.report import write_text
 from nnunet_multimodal.explain.attribution import METHODS, AttributionPredictor
 from nnunet_multimodal.explain.complementary import ComplementaryPredictor, Pair, has_complementary_information
 from nnunet_multimodal.explain.leave_out import leave_each_out, predict_case
 from nnunet_multimodal.explain.sheet import Sheet, draw_sheet, draw_weights
+from nnunet_multimodal.files import write_text
 from nnunet_multimodal.images import geometry_difference
 from nnunet_multimodal.inference.base import (
     Case,

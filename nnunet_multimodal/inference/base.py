@@ -21,6 +21,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch import Tensor
 
+from nnunet_multimodal.checkpoints import refuse_code
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import list_channels
 from nnunet_multimodal.network import MultimodalUNet, unwrap
@@ -113,6 +114,8 @@ class ModelPredictor(nnUNetPredictor):
                 raise UserError(f"no fold_{fold}/{checkpoint} in {model_folder}; train that fold, or give others to -f")
         if not folds:
             raise UserError(f"no fold_*/{checkpoint} in {model_folder}; train the model, or see -d, -tr, -p, -c, -chk")
+        for fold in folds:
+            refuse_code(Path(model_folder) / f"fold_{fold}" / checkpoint)
         on_device = on_device and device.type == "cuda"
         predictor = cls(step_size, True, use_mirroring, on_device, device, allow_tqdm=progress_bar)
         predictor.initialize_from_trained_model_folder(model_folder, folds, checkpoint)

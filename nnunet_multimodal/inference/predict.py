@@ -23,7 +23,6 @@ import glob
 import itertools
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.files import write_json
 from nnunet_multimodal.images import rename_files
 from nnunet_multimodal.inference.base import (
     Case,
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         cases = [case for case in cases if not writer.is_complete(case)]
     output.mkdir(parents=True, exist_ok=True)
     for name, content in (("dataset", predictor.dataset_json), ("plans", predictor.plans_manager.plans)):
-        _write_json(content, output / f"{name}.json")  # nnU-Net's evaluation and postprocessing read them here
+        write_json(output / f"{name}.json", content)  # nnU-Net's evaluation and postprocessing read them here
     with tqdm(total=len(cases), desc="predict", unit="case", disable=args.disable_progress_bar) as progress:
         for case, preprocessed in preprocess_ahead(predictor, cases, args.npp):
             writer.write(case, preprocessed)
@@ -300,7 +300,7 @@ class CaseWriter:
             "spacing": [float(size) for size in properties["spacing"]],  # nnU-Net's TIFF reader looks for it here
             "labels": quantities.summary(prediction),
         }
-        _write_json(summary, self.summary_file(case))
+        write_json(self.summary_file(case), summary)
 
     def _write_maps(self, case: Case, maps: dict[str, Tensor], properties: dict) -> None:
         for name in self.args.maps:
@@ -360,9 +360,3 @@ class CaseWriter:
         arrays |= {f"member_{index}": member.numpy() for index, member in enumerate(distribution.members)}
         np.savez_compressed(beside, **arrays)
         beside.replace(path)
-
-
-def _write_json(content: Any, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")  # parts of a folder may run side by side
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.replace(path)

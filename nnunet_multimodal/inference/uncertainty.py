@@ -8,7 +8,6 @@ with each map's mean inside nnU-Net's crop: a score for cases unlike the trainin
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.files import write_json
 from nnunet_multimodal.inference.base import (
     Case,
     ModelPredictor,
@@ -47,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
         scores[case.name] = dict(zip(predictor.modality_names(unwrap(predictor.network).groups), means, strict=True))
         for modality, uncertainty in enumerate(maps):
             write_map(uncertainty, case.first_image, properties, output / f"{case.name}_{modality:04d}.nii.gz")
-    beside = output / "uncertainty.json.part"
-    beside.write_text(json.dumps(scores, indent=2) + "\n")
-    beside.replace(output / "uncertainty.json")
+    write_json(output / "uncertainty.json", scores)
     return 0
 
 

@@ -12,7 +12,7 @@ import torch
 from nnunet_multimodal.cli import main
 from nnunet_multimodal.errors import UserError
 from tests.contracts import _fixed_batches
-from tests.nnunet import DATASET, PLANS
+from tests.nnunet import PLANS
 
 WORKER = Path(__file__).parents[1] / "distributed_worker.py"
 
@@ -63,9 +63,7 @@ def test_two_machines_train_as_one_process_does(datasets, batches, tmp_path, bat
     done = {}
     try:
         for machines in (1, 2):
-            codes, output = start(
-                nnunet, machines, "CRNPTrainer_1epoch_20iterations", "--seed", "0", folder=batches
-            )
+            codes, output = start(nnunet, machines, "CRNPTrainer_1epoch_20iterations", "--seed", "0", folder=batches)
             assert codes == [0] * machines, output
             done[machines] = [torch.load(batches / f"rank{rank}.pt", weights_only=False) for rank in range(machines)]
     finally:
