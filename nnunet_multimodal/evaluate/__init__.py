@@ -35,6 +35,7 @@ from nnunetv2.configuration import default_num_processes
 
 from nnunet_multimodal.evaluate import subsets
 from nnunet_multimodal.evaluate.cases import evaluate_all, find_cases, read_settings
+from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate.report import as_csv, as_json, count_cases, format_left_out, format_table
 from nnunet_multimodal.files import write_text
 from nnunet_multimodal.metrics.case import CaseMeasures, mean_over_cases
@@ -67,9 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate two folders; returns the exit status."""
+    """Evaluate two folders; returns the exit status.
+
+    Raises:
+        UserError: parts of one folder, or what ``--all-subsets`` refuses.
+    """
     if args.all_subsets:
         return subsets.run(args)
+    if args.num_parts != 1:
+        raise UserError(f"-num_parts {args.num_parts} shares --all-subsets; a folder is measured by processes (-np)")
     output = args.o or args.pred_folder / "evaluation.json"
     if output.suffix != ".json":
         raise SystemExit(f"-o is {output}; its name must end in .json")

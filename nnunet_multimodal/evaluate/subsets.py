@@ -25,7 +25,7 @@ from nnunet_multimodal.evaluate.cases import CaseFiles, LeftOut, evaluate_all, r
 from nnunet_multimodal.evaluate.report import format_left_out
 from nnunet_multimodal.evaluate.subset_report import Measured, Scores, as_csv, as_markdown, case_csv, draw, summarise
 from nnunet_multimodal.files import write_json, write_text
-from nnunet_multimodal.inference.base import Case, ModelPredictor, model_folder
+from nnunet_multimodal.inference.base import Case, ModelPredictor, add_part_arguments, check_part, model_folder
 
 Subset = tuple[int, ...]
 MAX_MODALITIES = 8  # 255 predictions of each case
@@ -69,10 +69,11 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--baseline", metavar="TRAINER", help="which the others are tested against (default: the first)"
     )
+    add_part_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict, measure and compare; returns the exit status.
+    """Predict, measure and compare, or only predict a part of the cases; returns the exit status.
 
     Raises:
         UserError: a flag is missing or has no meaning here, a model or a reference is not there, models do not go
@@ -94,6 +95,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{reference} is not there; give a reference for every image of -i")
     for model in models:
         check_identity(model, output / model.name, args)
+    if args.num_parts > 1:
+        for model in models:
+            predict_subsets(model, cases[args.part_id :: args.num_parts], output / model.name)
+            del model.predictor.network
+        print(f"part {args.part_id} of {args.num_parts} is predicted; after all parts, the same without them measures")
+        return 0
     left_out, measured = [], []
     for model in models:
         predicted, lacking = predict_subsets(model, cases, output / model.name)
@@ -138,6 +145,7 @@ def check_flags(args: argparse.Namespace) -> str:
     baseline = args.baseline or args.tr[0]
     if baseline not in args.tr or len(set(args.tr)) < len(args.tr):
         raise UserError(f"--baseline {baseline} must be one of -tr {' '.join(args.tr)}, each of which is named once")
+    check_part(args)
     return baseline
 
 

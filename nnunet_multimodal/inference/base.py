@@ -74,6 +74,18 @@ def add_model_arguments(parser: argparse.ArgumentParser, trainer: str) -> None:
     )
 
 
+def add_part_arguments(parser: Any) -> None:
+    """nnUNetv2_predict's flags for several calls that share a folder."""
+    parser.add_argument("-num_parts", type=int, default=1, help="calls that share the folder (default: 1)")
+    parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0 (default: 0)")
+
+
+def check_part(args: argparse.Namespace) -> None:
+    """Raise a UserError if there is no such part."""
+    if not 0 <= args.part_id < args.num_parts:
+        raise UserError(f"-part_id {args.part_id} must be at least 0 and less than -num_parts {args.num_parts}")
+
+
 def model_folder(args: argparse.Namespace) -> str:
     """The folder of the model that the flags name."""
     return get_output_folder(args.d, args.tr, args.p, args.c)

@@ -47,6 +47,8 @@ from nnunet_multimodal.inference.base import (
     Case,
     Preprocessed,
     add_model_arguments,
+    add_part_arguments,
+    check_part,
     model_folder,
     voxel_volume_ml,
     write_map,
@@ -67,8 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="as nnUNetv2_predict's")
     parser.add_argument("-nps", type=int, default=0, help="accepted for nnU-Net's scripts; results are written here")
     parser.add_argument("-npp", type=int, default=1, help="cases to preprocess ahead, 0: none (default: 1)")
-    parser.add_argument("-num_parts", type=int, default=1, help="calls that share the folder (default: 1)")
-    parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0 (default: 0)")
+    add_part_arguments(parser)
     parser.add_argument(
         "--drop", type=_names, default=[], metavar="NAME,...", help="modalities to leave out, such as FLAIR,T1"
     )
@@ -140,8 +141,7 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--seed {args.seed}, --temperature {args.temperature}, -npp {args.npp}: the seed and -npp must be at "
             "least 0, the temperature a finite number"
         )
-    if not 0 <= args.part_id < args.num_parts:
-        raise UserError(f"-part_id {args.part_id} must be at least 0 and less than -num_parts {args.num_parts}")
+    check_part(args)
 
 
 def preprocess_ahead(predictor: SamplePredictor, cases: list[Case], ahead: int) -> Iterator[tuple[Case, Preprocessed]]:

@@ -69,8 +69,15 @@ def test_all_subsets_are_predicted_measured_and_compared(trained, images, tmp_pa
     assert np.array_equal(segmentation(single), segmentation(tmp_path / "dropped" / "case_0.nii.gz"))
 
 
-def test_a_second_run_predicts_what_is_missing_alone(trained, images, tmp_path):
+def test_parts_are_predicted_apart_and_a_second_run_predicts_what_is_missing_alone(trained, images, tmp_path):
+    for part in (0, 1):
+        assert evaluate(trained, images, tmp_path, "-num_parts", "2", "-part_id", str(part), trainers=(OURS,)) == 0
+        there = {file.name for file in (tmp_path / OURS).rglob("case_*")}
+        assert there == {f"case_{case}.nii.gz" for case in range(part + 1)}
+        assert not (tmp_path / "subsets.csv").exists()
+    parts = {file: file.stat().st_mtime_ns for file in (tmp_path / OURS).rglob("case_*")}
     evaluate(trained, images, tmp_path, trainers=(OURS,))
+    assert parts == {file: file.stat().st_mtime_ns for file in (tmp_path / OURS).rglob("case_*")}
     gone, kept = (tmp_path / OURS / name / "case_0.nii.gz" for name in ("T1", "T2"))
     table, before = (tmp_path / "subsets.csv").read_text(), kept.stat().st_mtime_ns
     gone.unlink()
@@ -89,6 +96,10 @@ def test_what_is_missing_is_named(trained, images, tmp_path):
         evaluate(trained, images, tmp_path, "--baseline", "X")
     with pytest.raises(UserError, match=r"--chill has no meaning with --all-subsets"):
         evaluate(trained, images, tmp_path, "--chill")
+    with pytest.raises(UserError, match=r"-part_id 2 must be at least 0 and less than -num_parts 2"):
+        evaluate(trained, images, tmp_path, "-num_parts", "2", "-part_id", "2")
+    with pytest.raises(UserError, match=r"-num_parts 2 shares --all-subsets"):
+        cli.main(["evaluate", str(tmp_path), str(tmp_path), "-num_parts", "2"])
     with pytest.raises(UserError, match=r"--all-subsets needs -i, -d, -c, -tr"):
         cli.main(["evaluate", "--all-subsets", str(tmp_path), str(tmp_path)])
     with pytest.raises(UserError, match=r"case_0.nii.gz is not there; give a reference"), trained.environment():
