@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -34,7 +32,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
-from nnunet_multimodal.images import geometry_difference, list_channels
+from nnunet_multimodal.images import check_file, check_finite, geometry_difference, list_channels, read_json, unreadable
 from nnunet_multimodal.preprocessing import MANIFEST, PLACEHOLDER, channel_names, find_placeholders, read_manifest
 
 
@@ -141,7 +139,7 @@ def open_folder(path: Path, dataset_json: Path | None) -> tuple[Folder, dict[str
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
         raise UserError(f"{' and '.join(map(str, candidates))}: not there; name the dataset's with --dataset-json")
-    dataset = json.loads(found.read_text())
+    dataset = read_json(found)
     names = tuple(channel_names(dataset))
     if not names or "file_ending" not in dataset:
         raise UserError(f"{found} has no channel_names or no file_ending; it is not a dataset.json of nnU-Net v2")
@@ -149,7 +147,10 @@ def open_folder(path: Path, dataset_json: Path | None) -> tuple[Folder, dict[str
         raise UserError(f"{found} has images as .bmp, which cannot hold a placeholder (16 bits); convert them to .png")
     files = list_channels(path, dataset["file_ending"], len(names))
     example = next(path / f"{case}_{min(found):04d}{dataset['file_ending']}" for case, found in sorted(files.items()))
-    reader = determine_reader_writer_from_dataset_json(dataset, str(example), verbose=False)
+    try:
+        reader = determine_reader_writer_from_dataset_json(dataset, str(example), verbose=False)
+    except RuntimeError as error:
+        raise unreadable(example, error) from error
     return Folder(path, names, dataset["file_ending"], reader), files
 
 
@@ -160,13 +161,19 @@ def inspect_case(folder: Folder, case_and_channels: tuple[str, tuple[int, ...]])
     placeholders, problems, first = [], [], None
     for channel in channels:
         file = folder.file(case, channel)
-        data, properties = folder.reader().read_images((str(file),))
+        try:
+            check_file(file)
+            data, properties = folder.reader().read_images((str(file),))
+            check_finite(file, data)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            problems.append(str(unreadable(file, error)))
+            continue
         if len(data) != 1:
             problems.append(f"{file} has {len(data)} channels in one file; split it, one file for each modality")
             continue
-        unknown = count_nan(file, data)
-        if unknown:
-            problems.append(f"{file}: NaN in {unknown} voxels; give them a value, or remove the file if it is unusable")
         present[channel] = not find_placeholders(data)[0]
         if not present[channel]:
             placeholders.append(channel)
@@ -184,15 +191,6 @@ def inspect_case(folder: Folder, case_and_channels: tuple[str, tuple[int, ...]])
         names = ", ".join(folder.file(case, channel).name for channel in channels)
         problems.append(f"{folder.path / case}: no modality, all files ({names}) are placeholders; remove the case")
     return CaseReport(tuple(present), tuple(placeholders), tuple(problems))
-
-
-def count_nan(file: Path, data: np.ndarray) -> int:
-    """How many voxels of a file are NaN, also where the reader makes zeros of them, as SimpleITK's does of NIfTI's."""
-    if file.name.endswith((".nii", ".nii.gz")):
-        image: Any = nibabel.load(file)
-        if image.get_data_dtype().kind == "f":
-            return int(np.isnan(np.asanyarray(image.dataobj)).sum())
-    return int(np.isnan(data).sum())
 
 
 def write_placeholders(folder: Folder, missing: Sequence[tuple[str, int]], files: dict[str, set[int]]) -> None:

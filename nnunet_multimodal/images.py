@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 
 from nnunet_multimodal.errors import UserError
@@ -32,6 +35,99 @@ def list_channels(path: Path, ending: str, num_channels: int) -> dict[str, set[i
     if not files:
         raise UserError(f"no image ending in _0000{ending} in {path}; give nnU-Net's file names, or another folder")
     return files
+
+
+def read_json(file: str | os.PathLike, *keys: str) -> dict[str, Any]:
+    """A file of nnU-Net's, such as plans.json.
+
+    Raises:
+        UserError: it is not there, not JSON, or lacks one of the keys.
+    """
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:  # not UTF-8 and not JSON are ValueErrors
+        raise UserError(f"{file} cannot be read ({error}); plan again, or copy it again from where it comes") from error
+    lacking = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if lacking:
+        raise UserError(f"{file} has no {', '.join(lacking)}: it is not nnU-Net v2's; plan again, or name another file")
+    return content
+
+
+def check_file(file: str | os.PathLike) -> None:
+    """Refuse what ITK's reader of NIfTI makes zeros of: the end of a file that is cut off, NaN and infinite voxels.
+
+    Raises:
+        UserError: see above.
+    """
+    if not str(file).endswith((".nii", ".nii.gz")):
+        return
+    try:
+        image: Any = nibabel.load(file)
+        data = np.asanyarray(image.dataobj)
+    except Exception as error:  # whatever a damaged file makes nibabel raise
+        raise unreadable(file, error) from error
+    if data.dtype.kind == "f":
+        check_finite(file, data)
+
+
+def check_finite(file: str | os.PathLike, data: np.ndarray) -> None:
+    """Raise a UserError if there are NaN or infinite voxels."""
+    counts = {"NaN": int(np.isnan(data).sum()), "infinity": int(np.isinf(data).sum())}
+    found = " and ".join(f"{what} in {count} voxels" for what, count in counts.items() if count)
+    if found:
+        raise UserError(f"{file}: {found}; give them a value, or leave out the file")
+
+
+def check_labels(labels: np.ndarray, declared: Iterable[int]) -> None:
+    """Raise a UserError if a label map, rounded, has values that dataset.json does not declare."""
+    declared = sorted({0, *declared})
+    low, high = float(labels.min(initial=0)), float(labels.max(initial=0))
+    if low >= -0.5 and high < np.iinfo(np.uint16).max:
+        known = np.zeros(max(round(high), *declared) + 1, bool)  # sorting a large image takes far longer
+        known[declared] = True
+        if known[np.rint(labels).astype(np.uint16)].all():
+            return
+    unknown = sorted(set(np.unique(np.rint(labels)).tolist()) - set(declared))
+    found, there = (", ".join(f"{value:g}" for value in values) for values in (unknown[:5], declared))
+    raise UserError(f"labels {found}, and dataset.json declares {there}; correct the label map or dataset.json")
+
+
+def unreadable(file: str | os.PathLike, error: Exception) -> UserError:
+    """What to say of a file that a reader does not take."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return UserError(f"{file} cannot be read ({reason}); copy it again, or leave it out")
+
+
+def read_images(reader: Any, files: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """nnU-Net's reader's ``read_images``, which says too little of what is wrong.
+
+    Raises:
+        UserError: a file cannot be read, is cut off, has NaN or infinite voxels, or lies on another grid.
+    """
+    arrays, first = [], None
+    for file in files:
+        check_file(file)
+        try:
+            data, properties = reader.read_images((file,))
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            raise unreadable(file, error) from error
+        if first is None:
+            first = (file, data.shape[1:], properties)
+        difference = geometry_difference(*first, file, data.shape[1:], properties)
+        if difference:
+            raise UserError(f"{difference}; resample it onto the other's grid, or leave it out")
+        arrays.append(data)
+    assert first is not None
+    return np.concatenate(arrays), first[2]
+
+
+def read_seg(reader: Any, file: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """nnU-Net's reader's ``read_seg``, with a :class:`UserError` of a file that cannot be read."""
+    check_file(file)
+    try:
+        return reader.read_seg(file)
+    except Exception as error:  # whatever a damaged file makes a reader raise
+        raise unreadable(file, error) from error
 
 
 def rename_files(beside: Path, path: Path, *endings: str) -> None:

@@ -34,6 +34,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.images import check_finite, check_labels, geometry_difference, read_images, read_seg
 from nnunet_multimodal.raters.preprocessing import forget_raters, save_raters
 
 # nnU-Net's readers and writers keep it (but for BMP): above 255 they write uint16, and float32 holds it exactly.
@@ -61,18 +62,22 @@ def check_image(data: np.ndarray, files: Sequence[str | os.PathLike], num_channe
     """Which channels (C, *D) of a case are placeholders: (C,) bool.
 
     Raises:
-        UserError: all of them, a channel without a file, or NaN in an image.
+        UserError: all of them, a channel without a file or too many, or NaN or infinity in an image.
     """
+    if len(data) > num_channels:
+        raise UserError(
+            f"{', '.join(map(str, files))}: {len(data)} images, and the dataset has {num_channels} modalities; take "
+            "away what is too much"
+        )
     if len(data) != num_channels:
         raise UserError(
             f"{', '.join(map(str, files))}: {len(data)} of {num_channels} modalities; complete the folder with "
             f"nnunet-multimodal complete {os.path.dirname(str(files[0])) or 'FOLDER'}"
         )
-    unknown = int(np.isnan(data).sum())
-    if unknown:
-        channels = sorted({int(channel) for channel in np.argwhere(np.isnan(data))[:, 0]})
-        named = ", ".join(str(files[c]) for c in channels) if len(files) == len(data) else str(list(files))
-        raise UserError(f"{named}: NaN in {unknown} voxels; give them a value, or leave out the file")
+    wrong = sorted({int(channel) for channel in np.argwhere(~np.isfinite(data))[:, 0]})
+    if wrong:
+        named = ", ".join(str(files[c]) for c in wrong) if len(files) == len(data) else str(list(files))
+        check_finite(named, data)
     absent = find_placeholders(data)
     if absent.all():
         raise UserError(f"{', '.join(map(str, files))}: no modality is there, all are placeholders; leave out the case")
@@ -136,20 +141,28 @@ class MultimodalPreprocessor(DefaultPreprocessor):
         """nnU-Net's; channels that are placeholders become NaN.
 
         Raises:
-            UserError: all of them, a channel too few, or NaN in an image.
+            UserError: all of them, channels too few or too many, NaN or infinity in an image, or labels that are not
+                declared.
         """
         configuration = named_plan.get("configuration_manager") or plan[1]
         names = [f"channel {channel}" for channel in range(len(data))]
         absent = check_image(data, names, len(configuration.normalization_schemes))
+        if seg is not None:
+            plans, dataset_json = named_plan.get("plans_manager") or plan[0], named_plan.get("dataset_json") or plan[2]
+            labels = plans.get_label_manager(dataset_json)
+            check_labels(seg, [*labels.all_labels, *([labels.ignore_label] if labels.has_ignore_label else [])])
         run_case = partial(super().run_case_npy, **named_plan)
         return preprocess_present(run_case, data, seg, properties, absent, *plan)
 
-    def run_case(self, image_files: list[str], *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray, Properties]:
+    def run_case(
+        self, image_files: list[str], seg_file: str | None, *args: Any, **kwargs: Any
+    ) -> tuple[np.ndarray, np.ndarray, Properties]:
         """nnU-Net's, with the files' names in an error."""
         try:
-            return super().run_case(image_files, *args, **kwargs)
+            return super().run_case(image_files, seg_file, *args, **kwargs)
         except UserError as error:
-            raise UserError(f"{', '.join(map(str, image_files))}: {error}") from error
+            files = [*image_files, *([] if seg_file is None else [seg_file])]
+            raise UserError(f"{', '.join(map(str, files))}: {error}") from error
 
 
 class CaseFingerprint(NamedTuple):
@@ -171,12 +184,19 @@ def analyze_case(
     """nnU-Net's analysis of a case, absent modalities left out.
 
     Raises:
-        UserError: no modality is present, one has no file, or NaN in an image.
+        UserError: no modality is present, one has no file, a file cannot be read, has NaN or infinite voxels or lies on
+            another grid.
     """
-    images, properties = reader().read_images(image_files)
+    images, properties = read_images(reader(), image_files)
     absent = check_image(images, image_files, num_channels)
     images[absent] = 0
-    cropped, seg, _ = crop_to_nonzero(images, reader().read_seg(segmentation_file)[0])
+    seg, theirs = read_seg(reader(), segmentation_file)
+    difference = geometry_difference(
+        image_files[0], images.shape[1:], properties, segmentation_file, seg.shape[1:], theirs
+    )
+    if difference:
+        raise UserError(f"{difference}; resample the label map onto its image's grid")
+    cropped, seg, _ = crop_to_nonzero(images, seg)
     present, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
         seg, cropped[~absent], num_samples=num_samples
     )
@@ -209,7 +229,12 @@ class MultimodalFingerprintExtractor(DatasetFingerprintExtractor):
                 raise UserError(
                     f"{self.dataset_name}: no case has {name} (_{channel:04d}); take it out of dataset.json"
                 )
-            statistics[channel] = intensity_statistics(np.concatenate(there))
+            values = np.concatenate(there)
+            if not len(values):
+                raise UserError(
+                    f"{self.dataset_name}: no case with {name} has a label but background in labelsTr; draw one"
+                )
+            statistics[channel] = intensity_statistics(values)
             counts.append(len(there))
         fingerprint = {
             "spacings": [case.spacing for case in cases],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_multimodal.checkpoints import refuse_code
+from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.network import MultimodalUNet, unwrap
 
 
@@ -31,12 +32,16 @@ def load_pretrained_weights(stock: Callable[..., None], network: nn.Module, fnam
 
     Raises:
         ValueError: the checkpoint is of a network with another topology.
+        UserError: it is no checkpoint of nnU-Net, or would run code.
     """
     ours = unwrap(network)
     if not isinstance(ours, MultimodalUNet):
         return stock(network, fname, verbose)
     refuse_code(fname)
-    weights = torch.load(fname, map_location="cpu", weights_only=False)["network_weights"]
+    checkpoint = torch.load(fname, map_location="cpu", weights_only=False)
+    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
+        raise UserError(f"{fname} has no network_weights: it is not a checkpoint of nnU-Net v2")
+    weights = checkpoint["network_weights"]
     own = any(key.startswith("backbone.") for key in weights)
     loaded = backbone_weights(ours, weights, fname) if own else stock_weights(ours, weights, fname)
     kept = [key for key in ours.state_dict() if key not in loaded]

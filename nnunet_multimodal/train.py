@@ -25,13 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module  # noqa: N813
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from torch import distributed
 from torch.backends import cudnn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.images import read_json
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -72,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     under_torchrun = "RANK" in os.environ
     device = local_device(args.device)
     cudnn.benchmark, cudnn.deterministic = args.seed is None, args.seed is not None
+    dataset = maybe_convert_to_dataset_name(int(args.dataset) if args.dataset.isdigit() else args.dataset)
+    read_json(Path(nnUNet_preprocessed) / dataset / f"{args.p}.json", "configurations")
     trainer = get_trainer_from_args(
         args.dataset, args.configuration, args.fold, args.tr, args.p, args.c, torch.device(device.type)
     )

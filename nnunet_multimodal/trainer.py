@@ -18,6 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_multimodal.backbones import BACKBONES
+from nnunet_multimodal.checkpoints import check_trainer, other_network, refuse_code
 from nnunet_multimodal.doctor import hook_file
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.files import written_beside
@@ -94,12 +95,12 @@ class MultimodalTrainer(nnUNetTrainer):
                 check_same_options(model_plans, self.configuration_name, part, own)
             own = self.plans_manager.plans["configurations"][self.configuration_name]
             self.configuration_manager.configuration[OPTIONS_KEY] = own[OPTIONS_KEY] = {**options, **resolved}
-        check_preprocessed(Path(self.preprocessed_dataset_folder), self.dataset_json)
         check_incomplete(
             self.plans_manager.dataset_name,
             load_json(str(Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json")),
             self.configuration_manager.configuration["preprocessor_name"],
         )
+        check_preprocessed(Path(self.preprocessed_dataset_folder), self.dataset_json)
         if hook_file() is not None:  # else nnU-Net's workers would not find our preprocessor
             know_placeholders(self.plans_manager.plans)
         super().initialize()
@@ -184,6 +185,18 @@ class MultimodalTrainer(nnUNetTrainer):
         self.loss.step.progress = (self.current_epoch + 1) / self.num_epochs
         self.loss.step.epoch_losses = tuple(self.logger.get_value("train_losses", step=None)[: self.current_epoch])
 
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """nnU-Net's, of this method alone.
+
+        Raises:
+            UserError: the checkpoint is torn, of another method, or of other plans.
+        """
+        file = str(filename_or_checkpoint)  # nnU-Net's cannot load a dict, whatever its signature says
+        refuse_code(file)
+        check_trainer(file, torch.load(file, map_location="cpu", weights_only=False, mmap=True), type(self).__name__)
+        with other_network(file):
+            super().load_checkpoint(file)
+
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's, beside and then renamed: who is killed meanwhile leaves the one before."""
         with written_beside(Path(filename)) as beside:
@@ -213,6 +226,9 @@ class MultimodalTrainer(nnUNetTrainer):
                 result = super().train_step(batch)
             except NonFiniteGradientError:
                 result, refused = {"loss": np.array(np.nan, dtype=np.float32)}, True
+            except (RuntimeError, IndexError):
+                self._refuse_labels(batch)
+                raise
             if self.grad_scaler is not None:
                 refused = self.grad_scaler.get_scale() < min(scale, LOWEST_USUAL_SCALE)
             if refused or not np.isfinite(result["loss"]):
@@ -228,6 +244,17 @@ class MultimodalTrainer(nnUNetTrainer):
         if finite.any() and not finite.all():  # as many on every process, and in nnU-Net's shape
             train_outputs = [{"loss": np.asarray(loss)} for loss in np.where(finite, losses, losses[finite].mean())]
         super().on_train_epoch_end(train_outputs)
+
+    def _refuse_labels(self, batch: dict) -> None:
+        """Raise a UserError if a step failed on labels that dataset.json does not declare."""
+        target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+        declared = [*self.label_manager.all_labels, self.label_manager.ignore_label or 0]
+        for case, labels in zip(batch["keys"], target.cpu(), strict=True):
+            if not self.label_manager.has_regions and labels.max() > max(declared):
+                raise UserError(
+                    f"{case} has label {int(labels.max())}, and dataset.json declares {', '.join(map(str, declared))}; "
+                    "correct its label map in labelsTr or dataset.json, and preprocess again"
+                )
 
     def _count_skipped(self, batch: dict, images: Tensor) -> None:
         """Say what was not finite, as far as a second pass shows it."""

@@ -238,6 +238,8 @@ class CIMLBackbone(Backbone):
         kl_weight: float = 0.5,
     ) -> None:
         super().__init__()
+        if num_modalities < self.MIN_MODALITIES:
+            raise ValueError(f"ciml: messages need at least 2 modalities, got {num_modalities}")
         if not 0 <= kl_weight < math.inf:
             raise ValueError(
                 f"ciml: kl_weight={kl_weight!r} is not a number of at least 0; correct it in the plans file"

@@ -33,9 +33,9 @@ from pathlib import Path
 
 from nnunetv2.configuration import default_num_processes
 
+from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate import subsets
 from nnunet_multimodal.evaluate.cases import evaluate_all, find_cases, read_settings
-from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate.report import as_csv, as_json, count_cases, format_left_out, format_table
 from nnunet_multimodal.files import write_text
 from nnunet_multimodal.metrics.case import CaseMeasures, mean_over_cases

@@ -16,7 +16,8 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_multimodal.images import geometry_difference
+from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.images import check_labels, geometry_difference, read_json, read_seg
 from nnunet_multimodal.metrics.case import CaseArrays, CaseMeasures, measure_case
 from nnunet_multimodal.metrics.distribution import Label
 from nnunet_multimodal.raters.files import find_raters
@@ -98,8 +99,8 @@ def read_settings(dataset_json: Path, plans_json: Path, tolerance_mm: float) -> 
     for file, flag in ((dataset_json, "-djfile"), (plans_json, "-pfile")):
         if not file.is_file():
             raise SystemExit(f"{file} is not there; nnUNetv2_predict writes it, or name another one with {flag}")
-    dataset = json.loads(dataset_json.read_text())
-    plans = PlansManager(str(plans_json))
+    dataset = read_json(dataset_json, "labels", "file_ending")
+    plans = PlansManager(read_json(plans_json, "image_reader_writer"))
     manager = plans.get_label_manager(dataset)
     found = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     names = {_values(value): name for name, value in dataset["labels"].items()}
@@ -186,11 +187,16 @@ def read_label_map(file: Path, settings: Settings) -> LabelMap:
 
     Raises:
         ValueError: it has several channels.
+        UserError: it cannot be read, or has labels that are not declared.
     """
-    array, properties = settings.reader().read_seg(str(file))
+    array, properties = read_seg(settings.reader(), str(file))
     if len(array) != 1:
         raise ValueError(f"{file} has {len(array)} channels; a label map has one (save PNGs in grey, not in colour)")
     values = [value for label in settings.labels for value in _values(label)]
+    try:
+        check_labels(array, [*values, *([] if settings.ignore_label is None else [settings.ignore_label])])
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     type_ = np.uint8 if max([*values, settings.ignore_label or 0]) < 255 else np.uint16  # the reader gives float32
     return LabelMap(file, np.clip(np.rint(array[0]), 0, np.iinfo(type_).max).astype(type_), properties)
 

@@ -21,9 +21,9 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch import Tensor
 
-from nnunet_multimodal.checkpoints import refuse_code
+from nnunet_multimodal.checkpoints import check_model, other_network, refuse_code
 from nnunet_multimodal.errors import UserError
-from nnunet_multimodal.images import list_channels
+from nnunet_multimodal.images import list_channels, read_images, read_json
 from nnunet_multimodal.network import MultimodalUNet, unwrap
 from nnunet_multimodal.preprocessing import PLACEHOLDER, channel_names, check_image, preprocess_present
 
@@ -126,11 +126,19 @@ class ModelPredictor(nnUNetPredictor):
                 raise UserError(f"no fold_{fold}/{checkpoint} in {model_folder}; train that fold, or give others to -f")
         if not folds:
             raise UserError(f"no fold_*/{checkpoint} in {model_folder}; train the model, or see -d, -tr, -p, -c, -chk")
+        read_json(Path(model_folder) / "dataset.json", "labels", "file_ending")
+        read_json(Path(model_folder) / "plans.json", "configurations", "image_reader_writer")
         for fold in folds:
             refuse_code(Path(model_folder) / f"fold_{fold}" / checkpoint)
         on_device = on_device and device.type == "cuda"
         predictor = cls(step_size, True, use_mirroring, on_device, device, allow_tqdm=progress_bar)
-        predictor.initialize_from_trained_model_folder(model_folder, folds, checkpoint)
+        files = [Path(model_folder) / f"fold_{fold}" / checkpoint for fold in folds]
+        check_model(files)
+        with other_network(files[0]):
+            predictor.initialize_from_trained_model_folder(model_folder, folds, checkpoint)
+        for file, weights in zip(files[1:], predictor.list_of_parameters[1:], strict=True):
+            with other_network(file):
+                unwrap(predictor.network).load_state_dict(weights)
         reader = predictor.plans_manager.plans["image_reader_writer"]
         if "Reorient" in reader:
             raise UserError(f"{model_folder} reads images with {reader}, which reorients them; maps cannot follow that")
@@ -206,7 +214,9 @@ class ModelPredictor(nnUNetPredictor):
         preprocessor = configuration.preprocessor_class(verbose=False)
         reader = plans.image_reader_writer_class()
         files = [file for file in case.images if file is not None]
-        data, properties = reader.read_images(files)
+        data, properties = read_images(reader, files)
+        if len(data) != len(files) and len(data) != len(case.images):
+            raise UserError(f"{files[0]} has {len(data)} channels in one file; split it, one file for each modality")
         if len(data) < len(case.images) and len(data) == len(files):  # else a file holds several channels
             there, data = data, np.full((len(case.images), *data.shape[1:]), PLACEHOLDER, data.dtype)
             data[[file is not None for file in case.images]] = there

@@ -34,7 +34,7 @@ def paired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     if not pairs.size:
         return np.nan
     finite = np.abs(pairs[np.isfinite(pairs)])
-    pairs[np.isinf(pairs)] = 2 * (finite.max() if finite.size else 0) + 1  # beyond every finite difference
+    pairs[np.isinf(pairs)] = 2 * (finite.max() if finite.size else 0) + 1  # beyond all others
     difference = pairs[0] - pairs[1]
     return float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
 

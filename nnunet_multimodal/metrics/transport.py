@@ -34,8 +34,8 @@ def transport_plan(cost: np.ndarray, sources: np.ndarray, sinks: np.ndarray, at_
     enough = has >= gets - 1e-6 * np.abs(gets) if at_most else np.isclose(has, gets, rtol=1e-6, atol=1e-9)
     if min(sources.min(initial=0), sinks.min(initial=0)) < 0 or not enough.all():
         raise ValueError(f"sources have {has} and sinks get {gets}: {'too little' if at_most else 'not equal'}, or < 0")
-    if not at_most:
-        sinks = sinks * (has / np.where(gets > 0, gets, 1))[:, None]  # rounding must not make it infeasible
+    scale = has / np.where(gets > 0, gets, 1)  # rounding must not make it infeasible
+    sinks = sinks * (np.minimum(scale, 1) if at_most else scale)[:, None]
     used = _cheap_enough(cost, sources, sinks) if at_most else np.ones(cost.shape, bool)
     if not used.any():
         return np.zeros(cost.shape)

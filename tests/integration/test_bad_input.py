@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from unittest import mock
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK
@@ -40,12 +42,13 @@ def set_spacing(file):
     SimpleITK.WriteImage(image, str(file))
 
 
-def plan_and_preprocess(nnunet, *more):
-    command = ("nnUNetv2_plan_and_preprocess", "-d", 900, "-npfp", 1, "--verify_dataset_integrity", "--clean")
+def plan_and_preprocess(nnunet, *more, verify=True):
+    command = ("nnUNetv2_plan_and_preprocess", "-d", 900, "-npfp", 1, "--clean")
+    command += ("--verify_dataset_integrity",) if verify else ()
     ours = ("-fpe", "MultimodalFingerprintExtractor", "-preprocessor_name", "MultimodalPreprocessor")
     # in this process, where its messages can be read
-    verify = "nnunetv2.experiment_planning.verify_dataset_integrity.multiprocessing"
-    with mock.patch(verify, **{"get_context.return_value.Pool": ThreadPool}):
+    workers = "nnunetv2.experiment_planning.verify_dataset_integrity.multiprocessing"
+    with mock.patch(workers, **{"get_context.return_value.Pool": ThreadPool}):
         nnunet(*command, *ours, "-pl", "nnUNetPlannerTiny", "-gpu_memory_target", 0.005, *more, nnUNet_n_proc_DA="1")
 
 
@@ -227,9 +230,15 @@ def test_nnunets_prediction_of_fewer_modalities_says_how_to_complete_them(traine
     assert not list((tmp_path / "out").glob("case_*"))
 
 
+def copy_model(trained, nnunet):
+    """Of its first fold alone."""
+    source, target = (some.model(TRAINER, "2d") for some in (trained, nnunet))
+    return Path(shutil.copytree(source, target, ignore=shutil.ignore_patterns("fold_1")))
+
+
 def test_nan_in_an_image_to_predict_is_refused(trained, tmp_path):
     nnunet = trained.with_results(tmp_path / "results")
-    shutil.copytree(trained.model(TRAINER, "2d"), nnunet.model(TRAINER, "2d"))
+    copy_model(trained, nnunet)
     description = nnunet.model(TRAINER, "2d") / "dataset.json"
     description.write_text(description.read_text().replace(".nii.gz", ".nrrd"))
     images = tmp_path / "images"
@@ -249,3 +258,260 @@ def test_an_image_of_a_single_voxel_is_predicted(trained, tmp_path):
     output = predict(trained, images, tmp_path / "out", "--save_probabilities")
     assert np.isfinite(np.load(output / "case_0.npz")["probabilities"]).all()
     assert segmentation(output / "case_0.nii.gz").shape == (1, 1, 1)
+
+
+# --- to add with the checks
+
+
+def truncated(file):
+    """SimpleITK reads zeros for the rest."""
+    file.write_bytes(file.read_bytes()[:9000])
+
+
+def corrupt(file):
+    file.write_bytes(b"nothing")
+
+
+def nonfinite(value):
+    def spoil(file):
+        """SimpleITK reads zeros here."""
+        image = nibabel.load(file)
+        array = image.get_fdata(dtype=np.float32)
+        array[2, 2, :3] = value
+        nibabel.save(nibabel.Nifti1Image(array, image.affine), file)
+
+    return spoil
+
+
+def moved(file):
+    image = SimpleITK.ReadImage(str(file))
+    image.SetOrigin((5.0, 5.0, 5.0))
+    SimpleITK.WriteImage(image, str(file))
+
+
+def of_another_shape(file):
+    change(file, np.zeros((18, 20, 21), np.float32))
+
+
+def several_channels(file):
+    SimpleITK.WriteImage(SimpleITK.JoinSeries([SimpleITK.ReadImage(str(file))] * 5), str(file))
+
+
+BAD_IMAGES = [
+    (corrupt, r"case_0_0001.nii.gz cannot be read \(.*\); copy it again, or leave it out"),
+    (truncated, r"case_0_0001.nii.gz cannot be read \(.*\); copy it again, or leave it out"),
+    (nonfinite(np.nan), r"case_0_0001.nii.gz: NaN in 3 voxels; give them a value"),
+    (nonfinite(np.inf), r"case_0_0001.nii.gz: infinity in 3 voxels; give them a value"),
+]
+GRIDS = [
+    (set_spacing, r"case_0_0001.nii.gz has spacing .*2\.0.* and .*case_0_0000.nii.gz .*1\.5.*resample it"),
+    (moved, r"case_0_0001.nii.gz has origin \(5\.0, .* and .*case_0_0000.nii.gz .*resample it"),
+    (of_another_shape, r"case_0_0001.nii.gz has shape .*21\) and .*case_0_0000.nii.gz .*22\).*resample it"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), [*BAD_IMAGES, *GRIDS])
+def test_bad_images_to_predict_are_named(trained, tmp_path, spoil, message):
+    images = images_of(trained, 0, tmp_path / "images")
+    spoil(images / "case_0_0001.nii.gz")
+    with pytest.raises(UserError, match=message):
+        predict(trained, images, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("case_*"))
+
+
+def test_several_channels_in_a_file_to_predict_are_refused(trained, tmp_path):
+    images = images_of(trained, 0, tmp_path / "images")
+    for channel in (1, 2):
+        (images / f"case_0_{channel:04d}.nii.gz").unlink()
+    several_channels(images / "case_0_0000.nii.gz")
+    with pytest.raises(UserError, match=r"case_0_0000.nii.gz has 5 channels in one file; split it"):
+        predict(trained, images, tmp_path / "out")
+
+
+@pytest.fixture
+def raw(tmp_path):
+    nnunet = NnUNet(tmp_path)
+    write_raw(nnunet, "labels", cases=1)
+    return nnunet
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_IMAGES)
+def test_bad_images_are_named_by_complete_and_by_our_fingerprint(raw, spoil, message):
+    images = raw.raw / DATASET / "imagesTr"
+    spoil(images / "case_0_0001.nii.gz")
+    with pytest.raises(UserError, match=message):
+        cli.main(["complete", str(images), "-np", "1"])
+    with pytest.raises(UserError, match=message):
+        plan_and_preprocess(raw, "--no_pp", verify=False)
+
+
+@pytest.mark.parametrize(("spoil", "message"), GRIDS)
+def test_our_fingerprint_names_images_on_other_grids(raw, spoil, message):
+    spoil(raw.raw / DATASET / "imagesTr" / "case_0_0001.nii.gz")
+    with pytest.raises(UserError, match=message):
+        plan_and_preprocess(raw, "--no_pp", verify=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (moved, r"labelsTr/case_0.nii.gz has origin .* and .*case_0_0000.nii.gz .*resample the label map"),
+        (of_another_shape, r"labelsTr/case_0.nii.gz has shape .* and .*case_0_0000.nii.gz .*resample the label map"),
+        (corrupt, r"labelsTr/case_0.nii.gz cannot be read \(.*\); copy it again"),
+    ],
+)
+def test_our_fingerprint_names_bad_label_maps(raw, spoil, message):
+    spoil(raw.raw / DATASET / "labelsTr" / "case_0.nii.gz")
+    with pytest.raises(UserError, match=message):
+        plan_and_preprocess(raw, "--no_pp", verify=False)
+
+
+def test_a_dataset_of_empty_labels_is_refused(raw):
+    file = raw.raw / DATASET / "labelsTr" / "case_0.nii.gz"
+    change(file, np.zeros_like(segmentation(file)))
+    with pytest.raises(UserError, match=rf"{DATASET}: no case with T1 has a label but background in labelsTr"):
+        plan_and_preprocess(raw, "--no_pp", verify=False)
+
+
+def test_our_preprocessor_refuses_infinite_voxels_extra_channels_and_labels_that_are_not_declared(trained, tmp_path):
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans = PlansManager(trained.plans())
+    configuration = plans.get_configuration("2d")
+    folder = images_of(trained, 0, tmp_path / "images")
+    files = sorted(map(str, folder.iterdir()))
+    label_map = shutil.copy(trained.raw / DATASET / "labelsTr" / "case_0.nii.gz", tmp_path / "case_0.nii.gz")
+    dataset_json = json.loads((trained.raw / DATASET / "dataset.json").read_text())
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    with pytest.raises(UserError, match=r"case_0_0002.nii.gz, .*4 images, and the dataset has 3 modalities"):
+        preprocessor.run_case([*files, files[0]], str(label_map), plans, configuration, dataset_json)
+    put(label_map, 7)
+    with pytest.raises(UserError, match=r"case_0.nii.gz: labels 7, and dataset.json declares 0, 1, 2; correct"):
+        preprocessor.run_case(files, str(label_map), plans, configuration, dataset_json)
+    data, properties = plans.image_reader_writer_class().read_images(files)
+    data[1, 2, 2, :3] = np.inf
+    with pytest.raises(UserError, match=r"channel 1: infinity in 3 voxels; give them a value"):
+        preprocessor.run_case_npy(data, None, properties, plans, configuration, dataset_json)
+
+
+def test_a_label_that_is_not_declared_is_named_in_training(trained):
+    trainer = trained.trainer(TRAINER, "2d")
+    with trained.environment():
+        trainer.initialize()
+        batch = next(trainer.get_dataloaders()[0])
+        trainer.on_epoch_start()
+        batch["target"][0][1, 0, 3, 3] = 7
+        with pytest.raises(UserError, match=r"case_0 has label 7, and dataset.json declares 0, 1, 2"):
+            trainer.train_step(batch)
+
+
+def test_evaluation_names_what_it_cannot_read_and_labels_that_are_not_declared(trained, tmp_path):
+    labels = trained.raw / DATASET / "labelsTr"
+    output = shutil.copytree(labels, tmp_path / "out")
+    for name in ("dataset.json", "plans.json"):
+        shutil.copy(trained.model(TRAINER, "2d") / name, output)
+    evaluate = ["evaluate", str(labels), str(output), "-np", "1"]
+    put(output / "case_0.nii.gz", 7)
+    with pytest.raises(UserError, match=r"out/case_0.nii.gz: labels 7, and dataset.json declares 0, 1, 2"):
+        cli.main(evaluate)
+    corrupt(output / "case_0.nii.gz")
+    with pytest.raises(UserError, match=r"out/case_0.nii.gz cannot be read"):
+        cli.main(evaluate)
+    (output / "plans.json").write_text("{")
+    with pytest.raises(UserError, match=r"out/plans.json cannot be read \(.*line 1.*\); plan again"):
+        cli.main(evaluate)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"Plans?\.json cannot be read \(.*line 1.*\); plan again"),
+        ("[]", r"Plans?\.json has no configurations.* plan again"),
+        (None, r"Plans?\.json cannot be read \(.*No such file.*\); plan again"),
+    ],
+)
+def test_unreadable_plans_are_named_in_training(trained, text, message):
+    file = trained.preprocessed / DATASET / "badPlans.json"
+    if text is not None:
+        file.write_text(text)
+    command = ["train", "900", "2d", "0", "-tr", TRAINER, "-p", "badPlans", "-device", "cpu"]
+    with trained.environment(), pytest.raises(UserError, match=message):
+        cli.main(command)
+    file.unlink(missing_ok=True)
+
+
+# --- models
+
+
+EARLY = "EarlyFusionTrainer_1epoch_2iterations"
+
+
+@pytest.fixture
+def model(trained, tmp_path):
+    """A copy of the model to spoil, and its folder."""
+    nnunet = trained.with_results(tmp_path / "results")
+    return nnunet, copy_model(trained, nnunet)
+
+
+def edit_checkpoint(file, change_it):
+    checkpoint = torch.load(file, weights_only=False)
+    change_it(checkpoint)
+    torch.save(checkpoint, file)
+
+
+def other_method(folder):
+    edit_checkpoint(folder / "fold_0" / "checkpoint_final.pth", lambda c: c.update(trainer_name=EARLY))
+
+
+def other_version(folder):
+    edit_checkpoint(folder / "fold_0" / "checkpoint_final.pth", lambda c: c["network_weights"].popitem())
+
+
+def other_fold_of_another_version(folder):
+    shutil.copytree(folder / "fold_0", folder / "fold_1")
+    edit_checkpoint(folder / "fold_1" / "checkpoint_final.pth", lambda c: c["network_weights"].popitem())
+
+
+def no_checkpoint(folder):
+    torch.save({"state_dict": {}}, folder / "fold_0" / "checkpoint_final.pth")
+
+
+def torn(folder):
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+BAD_CHECKPOINTS = [
+    (other_method, rf"fold_0/checkpoint_final.pth is of {EARLY}, not of {TRAINER}; give -tr {EARLY}"),
+    (other_version, r"fold_0/checkpoint_final.pth has other weights .*Missing key.*version of nnunet_multimodal"),
+    (no_checkpoint, r"fold_0/checkpoint_final.pth has no trainer_name.*: it is not a checkpoint of nnU-Net v2"),
+    (torn, r"fold_0/checkpoint_final.pth is not a whole checkpoint"),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        *BAD_CHECKPOINTS,
+        (other_fold_of_another_version, r"fold_1/checkpoint_final.pth has other weights .*Missing key"),
+        (lambda folder: (folder / "plans.json").write_text("{"), r"/plans.json cannot be read \(.*line 1"),
+        (lambda folder: (folder / "plans.json").write_text("{}"), r"/plans.json has no configurations"),
+        (lambda folder: (folder / "dataset.json").unlink(), r"/dataset.json cannot be read \(.*No such file"),
+    ],
+)
+def test_models_that_cannot_predict_are_named(model, tmp_path, spoil, message):
+    nnunet, folder = model
+    images = images_of(nnunet, 0, tmp_path / "images")
+    spoil(folder)
+    folds = ("-f", "0", "1") if (folder / "fold_1").is_dir() else ()
+    with pytest.raises(UserError, match=message):
+        predict(nnunet, images, tmp_path / "out", *folds)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_CHECKPOINTS)
+def test_training_does_not_go_on_from_them(model, spoil, message):
+    nnunet, folder = model
+    spoil(folder)
+    with pytest.raises(UserError, match=message):
+        nnunet.train(TRAINER, "2d", 0, "--c")

@@ -66,7 +66,9 @@ def test_preprocessing(nnunet):
     killed(nnunet, "pickle 2", *preprocess)
     folder = nnunet.preprocessed / DATASET / "torn_2d"
     assert len(list(folder.glob("*_seg.b2nd"))) == 2
-    with pytest.raises(UserError, match=r"torn_2d has 1 whole cases of 5 .*not whole: case_1.*nnUNetv2_preprocess again"):
+    with pytest.raises(
+        UserError, match=r"torn_2d has 1 whole cases of 5 .*not whole: case_1.*nnUNetv2_preprocess again"
+    ):
         nnunet(*train)
     nnunet(*preprocess)
     nnunet(*train)
@@ -88,8 +90,9 @@ def test_prediction_and_evaluation(nnunet, tmp_path):
     images = nnunet.raw / DATASET / "imagesTr"
 
     def predict(name, *more):
-        return ("predict", "-i", images, "-o", tmp_path / name, "-d", 900, "-c", "2d", "-tr", TRAINER, "-p", PLANS, "-f",
-                0, "-device", "cpu", "--disable_tta", "--samples", 3, "--save-samples", "-npp", 0, *more)  # fmt: skip
+        model = ("-d", 900, "-c", "2d", "-tr", TRAINER, "-p", PLANS, "-f", 0, "-device", "cpu")
+        samples = ("--disable_tta", "--samples", 3, "--save-samples", "-npp", 0)
+        return ("predict", "-i", images, "-o", tmp_path / name, *model, *samples, *more)
 
     assert ours(nnunet, *predict("whole")) == 0
     killed(nnunet, "replace 12", "nnunet-multimodal", *predict("torn"))

@@ -181,7 +181,7 @@ def test_every_sign_of_absence_gives_the_same_output(backbone, data):
         assert torch.equal(network(nothing)[0], network(other)[0])
 
 
-@pytest.mark.parametrize("backbone", ["crnp", "shaspec"])
+@pytest.mark.parametrize("backbone", ["crnp", "shaspec", "ciml"])
 @settings(PROFILE, max_examples=3)
 @given(topology=topologies(), classes=st.integers(2, 4))
 def test_a_backbone_for_several_modalities_refuses_a_single_one(backbone, topology, classes):

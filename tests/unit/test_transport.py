@@ -72,3 +72,8 @@ def test_a_rater_who_is_not_there_gets_nothing():
 def test_what_cannot_be_is_refused(sources, sinks, at_most, message):
     with pytest.raises(ValueError, match=message):
         transport_plan(np.zeros((1, 2, 2)), np.array(sources), np.array(sinks), at_most)
+
+
+def test_weights_that_sum_to_a_rounding_more_than_one_are_transported():
+    plan = transport_plan(np.zeros((1, 2, 1)), np.full((1, 2), 0.5), np.array([[1 + 2e-7]]), at_most=True)
+    np.testing.assert_allclose(plan, 0.5, atol=1e-6)
