@@ -23,8 +23,9 @@ Deviations from the paper and its code, and why:
 - The first of the 1x1 convolutions has no normalisation either; with one, it would take out the modulation again.
 - The gate's layers have nnU-Net's initialisation (its last one zero), the other convolutions begin as identity, the
   factors b around 1: with PyTorch's own and SGD a gate learnt the same weights for all images. Beside the averages of
-  the deepest features, which instance normalisation makes alike, it sees the logarithm of one plus their maxima. In six
-  epochs on LIDC the training loss came to 0.56; with averages alone to 0.81, with the maxima themselves to 0.65.
+  the deepest features, which instance normalisation makes alike, it sees their maxima. In six epochs on LIDC the
+  training loss came to 0.65, with averages alone to 0.81, with layer normalisation in front of the gate to 0.70. The
+  maxima's logarithms came to 0.56, and to the same energy distance on held-out patients (0.236 instead of 0.232).
 - The mean prediction takes each expert's latents at fixed points of low discrepancy instead of random ones, so that
   nnU-Net's predictor gives the same result every time.
 - Deep supervision is nnU-Net's: its own loss of 1x1 convolutions at the coarser stages.
@@ -281,7 +282,7 @@ class MoSEHead(DeterministicHead):
         """Expert weights (B, K), latents (B, N, L) and their weights (B, N), float32; fixed points in evaluation."""
         with full_precision(bottleneck.device):
             positions = bottleneck.float().flatten(2)
-            pi = self.gating(torch.cat((positions.mean(2), positions.amax(2).clamp_min(0).log1p()), 1)).softmax(1)
+            pi = self.gating(torch.cat((positions.mean(2), positions.amax(2)), 1)).softmax(1)
             shape = len(pi), self.num_experts, self.samples_per_expert, self.latent_dimension
             noise = torch.randn(shape, device=pi.device) if self.training else self.points.expand(shape)
             latents = self.expert_mean[:, None] + self.expert_log_deviation.exp()[:, None] * noise
