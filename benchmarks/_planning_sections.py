@@ -31,7 +31,27 @@ def planning_memory(result: Result, table: Table) -> str:
     return "\n".join(text)
 
 
+def nnunet_suite(result: Result, table: Table) -> str:
+    """Which trainer passes which scenario."""
+    kinds = list(dict.fromkeys(kind for own in result["trainers"].values() for kind in own))
+    rows = [
+        (f"`{trainer}`", *(own.get(kind, {}).get("outcome", "not run") for kind in kinds))
+        for trainer, own in result["trainers"].items()
+    ]
+    outcomes = [cell for _, *cells in rows for cell in cells]
+    seconds = sum(scenario["seconds"] for own in result["trainers"].values() for scenario in own.values())
+    text = [
+        "nnU-Net's integration test in miniature: five folds of `2d`, `3d_lowres`, `3d_fullres` and the cascade on five",
+        "synthetic cases, one step each; best configuration, ensemble, postprocessing, inference with five folds.",
+        f"{outcomes.count('passed')} of {len(outcomes)} passed; {seconds / 3600:.1f} hours of tests in all.",
+        "",
+        table(("trainer", *(kind.replace("_", " + ") for kind in kinds)), rows),
+    ]
+    return "\n".join(text)
+
+
 # benchmark -> its heading and what writes its section
 SECTIONS: dict[str, tuple[str, Callable[[Result, Table], str]]] = {
+    "nnunet_suite": ("Does every trainer do what nnU-Net does?", nnunet_suite),
     "planning_memory": ("Does planning know what is needed?", planning_memory),
 }
