@@ -41,7 +41,7 @@ def nnunet_suite(result: Result, table: Table) -> str:
     outcomes = [cell for _, *cells in rows for cell in cells]
     seconds = sum(scenario["seconds"] for own in result["trainers"].values() for scenario in own.values())
     text = [
-        "nnU-Net's integration test in miniature: five folds of `2d`, `3d_lowres`, `3d_fullres` and the cascade on five",
+        "The integration test in miniature: five folds of `2d`, `3d_lowres`, `3d_fullres` and the cascade on five",
         "synthetic cases, one step each; best configuration, ensemble, postprocessing, inference with five folds.",
         f"{outcomes.count('passed')} of {len(outcomes)} passed; {seconds / 3600:.1f} hours of tests in all.",
         "",
