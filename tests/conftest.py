@@ -21,6 +21,13 @@ torch.set_num_threads(1)
 REAL_DATA = Path(os.environ.get("NNUNET_MULTIMODAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+def pytest_collection_modifyitems(items):
+    """For ``--dist loadgroup``."""
+    for item in items:
+        if "integration" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(scope="session")
 def datasets(tmp_path_factory):
     """Planned and preprocessed datasets by kind of labels; made at first use."""
@@ -62,7 +69,12 @@ def few_progress_plots(request):
     if request.node.get_closest_marker("plots"):
         yield
     else:
-        with mock.patch("nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png"):
+        # nnU-Net's zip export wants the file
+        quick = mock.patch(
+            "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png",
+            lambda self, folder: Path(folder, "progress.png").touch(),
+        )
+        with quick:
             yield
 
 

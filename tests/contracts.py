@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nnunet_multimodal.network import MultimodalUNet, NetworkOutput, unwrap
-from tests.nnunet import DATASET, PLANS, segmentation
+from tests.nnunet import DATASET, PLANS, forkserver, segmentation
 
 MODALITIES = 3
 
@@ -264,7 +264,7 @@ class TrainerContract:
             trainer.run_training()
         first, last = (trainer.logger.get_value("train_losses", step=step) for step in (0, -1))
         assert last < first - 0.2, (first, last)
-        assert Path(trainer.output_folder, "progress.png").is_file()
+        assert Path(trainer.output_folder, "progress.png").read_bytes().startswith(b"\x89PNG")
 
     # --- deep supervision
 
@@ -408,7 +408,12 @@ class TrainerContract:
         nnunet = datasets("labels")
         with nnunet.environment(), tempfile.TemporaryDirectory() as folder:
             arguments = (2, f"file://{folder}/rendezvous", self.short, folder)
-            torch.multiprocessing.spawn(_train_rank, arguments, nprocs=2)
+            ranks = [forkserver().Process(target=_train_rank, args=(rank, *arguments)) for rank in (0, 1)]
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join()
+            assert [process.exitcode for process in ranks] == [0, 0]
             first, second = (torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in (0, 1))
         assert first.keys() == second.keys()
         for key, value in first.items():

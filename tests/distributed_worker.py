@@ -5,12 +5,16 @@ WORKER_KILL: "epoch rank", where a process kills itself.
 """
 
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from torch import distributed
 
 from nnunet_multimodal.cli import entry_point
@@ -68,6 +72,9 @@ def main():
         self.save_every = 1
 
     MultimodalTrainer.initialize = save_every_epoch
+    # nnU-Net's plots and the imports of its spawned workers take longer than all the rest
+    LocalLogger.plot_progress_png = lambda self, folder: None
+    multiprocessing.get_context = lambda method=None: SimpleNamespace(Pool=ThreadPool)
     if (folder / "batches.pt").is_file():
         MultimodalTrainer.get_dataloaders = given_batches
     sys.argv[0] = "nnunet-multimodal"

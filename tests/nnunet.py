@@ -32,15 +32,20 @@ WORKERS = (
     "nnunet_multimodal.preprocessing",
     "nnunetv2.inference.predict_from_raw_data",
     "nnunetv2.evaluation.evaluate_predictions",
+    "nnunet_multimodal.trainers.combinations",
+    "nnunetv2.run.run_training",
 )
 _get_context = multiprocessing.get_context
 
 
-def _forked_workers(method: str | None = None):
-    if method != "spawn":
-        return _get_context(method)
+def forkserver():
+    """The context of workers that import nothing anew."""
     multiprocessing.set_forkserver_preload(list(WORKERS))
     return _get_context("forkserver")
+
+
+def _forked_workers(method: str | None = None):
+    return forkserver() if method == "spawn" else _get_context(method)
 
 
 class NnUNet:
