@@ -56,7 +56,8 @@ def main() -> None:
         if missing:
             for (_, kind), result in run(missing, args.processes).items():
                 done.setdefault(trainer, {})[kind] = result
-            common.write(args, "nnunet_suite", {"trainers": {t: done[t] for t in TRAINERS if t in done}})
+            figures = {"trainers_there_are": len(TRAINERS), "trainers": {t: done[t] for t in TRAINERS if t in done}}
+            common.write(args, "nnunet_suite", figures)
 
 
 if __name__ == "__main__":
