@@ -62,7 +62,6 @@ def test_from_five_folds_to_the_postprocessed_ensemble(datasets, tmp_path, train
             assert set(np.unique(labels)) <= {0, 1, 2}
 
 
-@pytest.mark.suite
 @pytest.mark.parametrize("trainer", COMBINATIONS)
 def test_every_combination_predicts_the_same_from_a_zip(datasets, tmp_path, trainer):
     nnunet = datasets("labels").with_results(tmp_path / "results")
