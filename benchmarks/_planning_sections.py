@@ -43,8 +43,8 @@ def nnunet_suite(result: Result, table: Table) -> str:
     text = [
         "The integration test in miniature: five folds of `2d`, `3d_lowres`, `3d_fullres` and the cascade on five",
         "synthetic cases, one step each; best configuration, ensemble, postprocessing, inference with five folds.",
-        f"{outcomes.count('passed')} of {len(outcomes)} scenarios passed, {len(rows)} of {result['trainers_there_are']}",
-        f"trainers tried; {seconds / 3600:.1f} hours of tests in all.",
+        f"{outcomes.count('passed')} of {len(outcomes)} scenarios passed, of {len(rows)} trainers out of",
+        f"{result['trainers_there_are']}; {seconds / 3600:.1f} hours of tests in all.",
         "",
         table(("trainer", *(kind.replace("_", " + ") for kind in kinds)), rows),
     ]
