@@ -21,14 +21,6 @@ torch.set_num_threads(1)
 REAL_DATA = Path(os.environ.get("NNUNET_MULTIMODAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """For ``--dist loadgroup``, which reads the marks in a hook of its own."""
-    for item in items:
-        if "integration" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture(scope="session")
 def datasets(tmp_path_factory):
     """Planned and preprocessed datasets by kind of labels; made at first use."""
