@@ -20,6 +20,11 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# What an encoder's pass beside the first adds to the peak of a training step, of its feature map elements: nnU-Net's
+# measure stands for the peak, and what a step needs there beyond what it keeps is not needed once more for each. On the
+# CPU it is 0.8 (benchmarks/planning_memory.py); the rest is reserve.
+FURTHER_PASS = 0.9
+
 
 @dataclass(frozen=True)
 class SubtaskLogits:

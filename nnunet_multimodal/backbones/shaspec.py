@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_multimodal.backbones.base import (
+    FURTHER_PASS,
     Backbone,
     BackboneOutput,
     ModalityReduction,
@@ -221,7 +222,8 @@ class ShaSpecBackbone(Backbone):
     def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
         """Feature map elements of one sample, nnU-Net's measure of memory."""
         encoder: Any = self.shared
-        size = 2 * self.num_modalities * encoder.compute_conv_feature_map_size(patch_size)
+        passes = 1 + FURTHER_PASS * (2 * self.num_modalities - 1)
+        size = int(passes * encoder.compute_conv_feature_map_size(patch_size))
         # concatenation, convolution, normalisation, sum, alignment: about six maps of the bottleneck
         deepest = np.prod(self.topology.stage_sizes(patch_size)[-1], dtype=np.int64)
         size += 6 * self.num_modalities * self.topology.features_per_stage[-1] * deepest

@@ -368,12 +368,10 @@ class MoSEHead(DeterministicHead):
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
         """Feature map elements of one sample, nnU-Net's measure of memory: two tensors are kept for one that it counts.
 
-        Of every sample the costs keep the logarithmic softmax and probabilities, of regions five maps each, in single
-        precision: in half precision they weigh twice as much as is said here.
+        The logits of every sample are kept.
         """
-        samples, classes = self.num_experts * self.samples_per_expert, self.num_classes
-        maps = 5 * classes if self.has_regions else 3 if classes == 2 else 2 * classes
-        kept = samples * maps * np.prod(patch_size, dtype=np.int64)
+        samples = self.num_experts * self.samples_per_expert
+        kept = samples * self.num_classes * np.prod(patch_size, dtype=np.int64)
         return super().compute_conv_feature_map_size(patch_size, deep_supervision) + int(kept) // 2
 
 

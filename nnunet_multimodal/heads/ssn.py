@@ -277,10 +277,12 @@ class SSNHead(DeterministicHead):
     def compute_conv_feature_map_size(self, patch_size: Sequence[int], deep_supervision: bool) -> int:
         """Feature map elements of one sample, nnU-Net's measure of memory: two tensors are kept for one that it counts.
 
-        Factor and diagonal are kept, and the mean once more in single precision.
+        Factor and diagonal are kept, the mean once more in single precision, and in the loss their gradients. All are
+        gone in the backward pass of the finest decoder stage, which itself needs gradients of two maps of its features.
         """
-        kept = (self.rank + 3) * self.num_classes * np.prod(patch_size, dtype=np.int64)
-        return super().compute_conv_feature_map_size(patch_size, deep_supervision) + int(kept) // 2
+        maps = max(0, 2 * (self.rank + 3) * self.num_classes - 2 * self.topology.features_per_stage[0])
+        needed = maps * int(np.prod(patch_size, dtype=np.int64))
+        return super().compute_conv_feature_map_size(patch_size, deep_supervision) + needed // 2
 
 
 class SSNDiagonalHead(SSNHead):

@@ -5,14 +5,19 @@ Citation and deviations: :mod:`nnunet_multimodal.heads.mose`.
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_multimodal.metrics.transport import transport_plan
 
 SMOOTH = 1.0  # of the IoU
+CHUNK = {"cpu": 2**20, "cuda": 2**24}  # logits that are worked on at once
 MIN_WEIGHT = 1e-30  # of a gate: its logarithm's gradient must survive
 LARGE_COST = 1e3  # in place of what overflowed: GradScaler skips such a step
 COSTS = ("iou", "cross_entropy", "iou+cross_entropy")
@@ -22,41 +27,60 @@ def pairwise_cost(samples: Tensor, annotations: Tensor, valid: Tensor | None, ki
     """Cost (B, N, M), float32, of every sample against every annotation.
 
     ``iou``: 1 - (|p y| + 1) / (|p| + |y| - |p y| + 1), mean over foreground classes or regions, p probabilities;
-    ``cross_entropy``: mean over voxels (summed over regions).
+    ``cross_entropy``: mean over voxels (summed over regions). Both are made of sums over voxels, which are taken a
+    chunk at a time, and again in the backward pass: nothing but the logits is kept for it.
 
     Args:
         samples: logits (B, N, C, *D).
         annotations: indicators (B, M, C, *D).
         valid: voxels that count (B, M, *D) bool; None: all.
-        kind: see above.
+        kind: one of them, or both with a ``+`` between: their sum.
         has_regions: sigmoid instead of softmax.
     """
-    if "+" in kind:
-        first, second = kind.split("+")
-        cost = pairwise_cost(samples, annotations, valid, first, has_regions)
-        return cost + pairwise_cost(samples, annotations, valid, second, has_regions)
-    logits, y = samples.flatten(3).float(), annotations.flatten(3).float()
-    counts = None if valid is None else valid.flatten(2).float()  # (B, M, V)
-    if counts is not None:
-        y = y * counts[:, :, None]
-    if kind == "cross_entropy":
+    logits, y = samples.flatten(3), annotations.flatten(3)
+    size = max(1, CHUNK.get(logits.device.type, CHUNK["cpu"]) // math.prod(logits.shape[:3]))
+    pieces = zip(
+        logits.split(size, 3),
+        y.split(size, 3),
+        itertools.repeat(None) if valid is None else valid.flatten(2).split(size, 2),
+        strict=False,
+    )
+    sums = [
+        checkpoint(_sums, *piece, kind, has_regions, use_reentrant=False, preserve_rng_state=False) for piece in pieces
+    ]
+    total = {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
+    cost = torch.zeros((), device=logits.device)
+    if "iou" in kind:
+        union = total["samples"] + total["annotations"] - total["common"]
+        cost = cost + 1 - ((total["common"] + SMOOTH) / (union + SMOOTH)).mean(3)
+    if "cross_entropy" in kind:
+        cost = cost - total["log_likelihood"] / total["voxels"].clamp_min(1)
+    return cost
+
+
+def _sums(logits: Tensor, y: Tensor, valid: Tensor | None, kind: str, has_regions: bool) -> dict[str, Tensor]:
+    """What the costs need of some voxels (V): logits (B, N, C, V), y (B, M, C, V), valid (B, M, V) or None."""
+    logits, y = logits.float(), y.float()
+    counts = torch.ones_like(y[:, :1, 0]) if valid is None else valid.float()  # (B, M or 1, V)
+    y = y * counts[:, :, None]
+    sums = {}
+    if "cross_entropy" in kind:
         log_p = F.logsigmoid(logits) if has_regions else logits.log_softmax(2)
         inside = torch.einsum("bncv,bmcv->bnm", log_p, y)
         if has_regions:
-            outside = torch.ones_like(y) if counts is None else counts[:, :, None]
-            inside = inside + torch.einsum("bncv,bmcv->bnm", F.logsigmoid(-logits), outside - y)
-        voxels = y.shape[-1] if counts is None else counts.sum(2).clamp_min(1)[:, None]
-        return -inside / voxels
-    if has_regions:
-        p = logits.sigmoid()
-    elif logits.shape[2] == 2:
-        p, y = (logits[:, :, 1:] - logits[:, :, :1]).sigmoid(), y[:, :, 1:]
-    else:
-        p, y = logits.softmax(2)[:, :, 1:], y[:, :, 1:]
-    common = torch.einsum("bncv,bmcv->bnmc", p, y)
-    of_samples = p.sum(3)[:, :, None] if counts is None else torch.einsum("bncv,bmv->bnmc", p, counts)
-    iou = (common + SMOOTH) / (of_samples + y.sum(3)[:, None] - common + SMOOTH)
-    return 1 - iou.mean(3)
+            inside = inside + torch.einsum("bncv,bmcv->bnm", F.logsigmoid(-logits), counts[:, :, None] - y)
+        sums |= {"log_likelihood": inside, "voxels": counts.sum(2)[:, None]}  # (B, N, M), (B, 1, M or 1)
+    if "iou" in kind:
+        if has_regions:
+            p = logits.sigmoid()
+        elif logits.shape[2] == 2:
+            p, y = (logits[:, :, 1:] - logits[:, :, :1]).sigmoid(), y[:, :, 1:]
+        else:
+            p, y = logits.softmax(2)[:, :, 1:], y[:, :, 1:]
+        sums["common"] = torch.einsum("bncv,bmcv->bnmc", p, y)
+        sums["samples"] = torch.einsum("bncv,bmv->bnmc", p, counts)  # (B, N, M or 1, C)
+        sums["annotations"] = y.sum(3)[:, None]
+    return sums
 
 
 def transport_terms(

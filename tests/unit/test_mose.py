@@ -9,6 +9,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch.nn import functional as F
 
+from nnunet_multimodal.heads import transport_cost
 from nnunet_multimodal.heads.base import RaterLabels, Step
 from nnunet_multimodal.heads.mose import annealed_limit, mixture_logits, standard_points
 from nnunet_multimodal.heads.transport_cost import pairwise_cost, transport_terms
@@ -129,6 +130,25 @@ def test_the_cost_of_each_pair_by_itself(kind, regions):
                     common, total = (p * y).sum(1), (p + y).sum(1)
                     expected = (1 - (common + 1) / (total - common + 1)).mean()
                 torch.testing.assert_close(found[b, n, m], expected)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("regions", [False, True])
+def test_chunks_change_neither_cost_nor_gradient(monkeypatch, regions, ignore):
+    torch.manual_seed(0)
+    samples = torch.randn(2, 3, 2 if regions else 3, 5, 4, requires_grad=True)
+    labels = torch.randint(0, 4 if ignore else 3, (2, 2, 5, 4))
+    manager = labels_of(ignore=ignore, regions=regions)
+    indicator, valid = RaterLabels(labels, torch.full((2, 2), 0.5)).encode(3, manager)
+    weights = torch.rand(2, 3, 2)
+    whole = pairwise_cost(samples, indicator, valid, "iou+cross_entropy", regions)
+    expected = torch.autograd.grad((whole * weights).sum(), samples)
+    monkeypatch.setitem(transport_cost.CHUNK, "cpu", 3 * samples[..., 0, 0].numel() + 1)  # 20 voxels, 3 at once
+    pieces = pairwise_cost(samples, indicator, valid, "iou+cross_entropy", regions)
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(torch.autograd.grad((pieces * weights).sum(), samples), expected)
+    parts = [pairwise_cost(samples, indicator, valid, kind, regions) for kind in ("iou", "cross_entropy")]
+    torch.testing.assert_close(sum(parts), whole)
 
 
 def test_two_classes_are_the_general_case():
