@@ -76,7 +76,7 @@ class BackboneOutput:
 class Backbone(nn.Module, ABC):
     """From modalities to decoder features.
 
-    Promises, checked by ``tests/contracts.py`` for every backbone: the content of an absent modality never changes the
+    Promises, checked by ``tests/contracts`` for every backbone: the content of an absent modality never changes the
     output, every parameter gets a gradient in every step, and the graph compiles whole, whatever is present.
 
     The constructor takes ``(topology, num_modalities, channels_per_modality, cascade_channels, **options)``, and

@@ -11,7 +11,7 @@ import torch
 
 from nnunet_multimodal.cli import main
 from nnunet_multimodal.errors import UserError
-from tests.contracts import _fixed_batches
+from tests.contracts import fixed_batches
 from tests.nnunet import PLANS
 
 WORKER = Path(__file__).parents[1] / "distributed_worker.py"
@@ -48,7 +48,7 @@ def batches(datasets, tmp_path):
     trainer = nnunet.trainer("EarlyFusionTrainer")
     with nnunet.environment():
         trainer.initialize()
-        loader, _ = _fixed_batches(trainer, trainer.get_dataloaders)
+        loader, _ = fixed_batches(trainer, trainer.get_dataloaders)
         torch.save([next(loader) for _ in range(4)], tmp_path / "batches.pt")
     return tmp_path
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from nnunet_multimodal.heads import transport_cost
 from nnunet_multimodal.heads.base import RaterLabels, Step
-from nnunet_multimodal.heads.mose import annealed_limit, mixture_logits, standard_points
+from nnunet_multimodal.heads.mixture import mixture_logits
+from nnunet_multimodal.heads.mose import annealed_limit, standard_points
 from nnunet_multimodal.heads.transport_cost import pairwise_cost, transport_terms
 from nnunet_multimodal.network import MultimodalUNet
 from tests.contracts import MODALITIES, NetworkContract, unet_kwargs
