@@ -78,6 +78,7 @@ def distribution_of(prediction: float, samples: Sequence[float], weights: np.nda
     """
     values = np.asarray(samples, dtype=np.float64)
     w = np.full(len(values), 1 / len(values)) if weights is None else weights
+    values, w = values[w > 0], w[w > 0]
     mean, effective = float(w @ values), 1 - float(w @ w)
     if np.ptp(w) < 1e-9:
         percentiles = np.percentile(values, PERCENTILES)

@@ -216,6 +216,7 @@ def test_quantities_of_samples_do_not_depend_on_their_order(data, values):
     order = data.draw(st.permutations(range(len(values))))
     own = distribution_of(1, values, weights)
     assert distribution_of(1, [values[i] for i in order], weights[order]) == pytest.approx(own)
+    assert distribution_of(1, [*values, 99], np.append(weights, 0)) == own  # a sample that counts for nothing
     assert own["mean"] == pytest.approx(np.average(values, weights=weights))
     used = [value for value, weight in zip(values, weights, strict=True) if weight]
     assert min(used) <= own["p2.5"] <= own["p50"] <= own["p97.5"] <= max(used)
