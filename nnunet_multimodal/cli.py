@@ -30,6 +30,7 @@ COMMANDS = {
         "which modality contributed what, where: maps, weights, pictures",
     ),
     "uncertainty": ("nnunet_multimodal.inference.uncertainty", "maps of each modality's uncertainty for whole images"),
+    "submit": ("nnunet_multimodal.submit", "any of these commands, or nnU-Net's, as jobs of a SLURM cluster"),
 }
 
 

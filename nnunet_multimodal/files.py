@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 @contextmanager
 def written_beside(file: Path) -> Iterator[Path]:
     """A file beside ``file``, of this process alone, which takes its place at the end unless nothing is written."""
-    beside = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
+    beside = file.with_name(f".{file.stem}.{platform.node()}.{os.getpid()}{file.suffix}")
     try:
         yield beside
         if beside.is_file():

@@ -17,6 +17,10 @@ and writes a CSV (one row for each case and label; the label "foreground_mean" i
 cases') and a JSON with the same numbers, the reliability curves, and what was left out and why. Distances are in mm,
 for images without a spacing (PNG) in pixels. nnunet_multimodal/metrics/case.py says what each column is.
 
+Many cases can be shared by several calls at once, on any machines that see the folders, each with -num_parts N and its
+own -part_id 0 to N-1. Each writes a file in OUTPUT.parts when it is done; the one that then finds all of them writes
+the results, which are those of one call. --merge instead of -part_id only does the latter, and names parts that lack.
+
 With --all-subsets it first predicts the images of -i with every subset of their modalities, by one or several models:
 
   nnunet-multimodal evaluate --all-subsets GT PRED -i IMAGES -d 1 -c 3d_fullres -tr nnUNetTrainer ShaSpecTrainer -f 0
@@ -29,22 +33,33 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nnunetv2.configuration import default_num_processes
 
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate import subsets
-from nnunet_multimodal.evaluate.cases import evaluate_all, find_cases, read_settings
+from nnunet_multimodal.evaluate.cases import (
+    CaseFiles,
+    CaseResult,
+    LeftOut,
+    Settings,
+    evaluate_all,
+    find_cases,
+    read_settings,
+)
+from nnunet_multimodal.evaluate.parts import parts_of
 from nnunet_multimodal.evaluate.report import as_csv, as_json, count_cases, format_left_out, format_table
 from nnunet_multimodal.files import write_text
+from nnunet_multimodal.inference.base import add_part_arguments, check_part
 from nnunet_multimodal.metrics.case import CaseMeasures, mean_over_cases
 
 TOLERANCE_MM = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """nnUNetv2_evaluate_folder's, and two of our own."""
+    """nnUNetv2_evaluate_folder's, and our own."""
     parser.add_argument("gt_folder", type=Path, help="folder with reference segmentations")
     parser.add_argument("pred_folder", type=Path, help="folder with predicted segmentations")
     parser.add_argument("-djfile", type=Path, metavar="FILE", help="dataset.json (default: the one in pred_folder)")
@@ -64,22 +79,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the normalised surface distance (default: {TOLERANCE_MM:g})",
     )
     parser.add_argument("--raters", type=Path, metavar="FOLDER", help="CASE__NAME files, several for each case")
+    add_part_arguments(parser)
+    parser.add_argument("--merge", action="store_true", help="measure nothing, put all -num_parts parts together")
     subsets.add_arguments(parser.add_argument_group("all subsets of the modalities"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate two folders; returns the exit status.
+    """Evaluate two folders, or a part of their cases; returns the exit status.
 
     Raises:
-        UserError: parts of one folder, or what ``--all-subsets`` refuses.
+        UserError: there is no such part, a part that ``--merge`` asks for is not there or was measured with something
+            else, or what ``--all-subsets`` refuses.
     """
     if args.all_subsets:
         return subsets.run(args)
-    if args.num_parts != 1:
-        raise UserError(f"-num_parts {args.num_parts} shares --all-subsets; a folder is measured by processes (-np)")
-    output = args.o or args.pred_folder / "evaluation.json"
-    if output.suffix != ".json":
-        raise SystemExit(f"-o is {output}; its name must end in .json")
+    check_part(args)
+    if args.merge and args.num_parts == 1:
+        raise UserError("--merge puts parts together; say with -num_parts how many there are")
+    args.o = args.o or args.pred_folder / "evaluation.json"
+    if args.o.suffix != ".json":
+        raise SystemExit(f"-o is {args.o}; its name must end in .json")
     if not 0 <= args.tolerance_mm < math.inf:
         raise SystemExit(f"--tolerance_mm is {args.tolerance_mm}; give a number >= 0")
     dataset_json, plans_json = (
@@ -90,8 +109,50 @@ def run(args: argparse.Namespace) -> int:
     missing = [entry.case for entry in left_out if entry.why == "no prediction"]
     if missing and not args.chill:
         raise SystemExit(f"{format_left_out(left_out)}predict them, or give --chill to evaluate the others")
+    measured: Iterable[CaseResult] | None
+    if args.num_parts == 1:
+        measured = evaluate_all(cases, settings, args.np)
+    else:
+        measured = measure_part(args, cases, left_out, settings)
+    if measured is not None:
+        write_results(args, cases, measured, left_out, settings)
+    return 0
+
+
+def measure_part(
+    args: argparse.Namespace, cases: Sequence[CaseFiles], left_out: Sequence[LeftOut], settings: Settings
+) -> list[CaseResult] | None:
+    """Measure one part of the cases, unless the flags say that all are; the results of all, None if parts are missing.
+
+    Raises:
+        UserError: with ``--merge``, a part is missing.
+    """
+    parts = parts_of(args.o, args.num_parts, cases, left_out, settings)
+    if not args.merge:
+        own = cases[args.part_id :: args.num_parts]
+        parts.write(args.part_id, evaluate_all(own, settings, args.np))
+        print(f"part {args.part_id} of {args.num_parts}: {count_cases(own)} measured")
+    results, lacking = parts.read(len(cases))
+    if not lacking:
+        return results
+    reasons = "\n".join(lacking)
+    if args.merge:
+        raise UserError(f"{reasons}\nmeasure what is lacking with -num_parts {args.num_parts} -part_id of each")
+    print(f"{reasons}\nthe last part writes {args.o}")
+    return None
+
+
+def write_results(
+    args: argparse.Namespace,
+    cases: Sequence[CaseFiles],
+    measured: Iterable[CaseResult],
+    left_out: Sequence[LeftOut],
+    settings: Settings,
+) -> None:
+    """Write CSV and JSON and print the table; results are those of the cases, in their order."""
+    left_out = list(left_out)
     results: dict[str, CaseMeasures] = {}
-    for files, result in zip(cases, evaluate_all(cases, settings, args.np), strict=True):
+    for files, result in zip(cases, measured, strict=True):
         left_out += result.left_out
         if result.measures is not None:
             results[files.case] = result.measures
@@ -99,9 +160,9 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit(f"{format_left_out(left_out)}nothing to evaluate in {args.gt_folder} and {args.pred_folder}")
     means, counts = mean_over_cases(list(results.values()), settings.labels)
     paths = {c.case: {"reference_file": str(c.reference), "prediction_file": str(c.prediction)} for c in cases}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output.with_suffix(".csv"), as_csv(results, means, settings))
-    write_text(output, as_json(results, paths, means, counts, left_out, settings))
+    table = args.o.with_suffix(".csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_text(table, as_csv(results, means, settings))
+    write_text(args.o, as_json(results, paths, means, counts, left_out, settings))
     print(f"\n{format_table(means, settings)}\n\n{format_left_out(left_out)}{count_cases(results)} evaluated")
-    print(f"each of them: {output.with_suffix('.csv')}, {output}")
-    return 0
+    print(f"each of them: {table}, {args.o}")

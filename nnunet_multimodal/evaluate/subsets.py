@@ -25,7 +25,7 @@ from nnunet_multimodal.evaluate.cases import CaseFiles, LeftOut, evaluate_all, r
 from nnunet_multimodal.evaluate.report import format_left_out
 from nnunet_multimodal.evaluate.subset_report import Measured, Scores, as_csv, as_markdown, case_csv, draw, summarise
 from nnunet_multimodal.files import write_json, write_text
-from nnunet_multimodal.inference.base import Case, ModelPredictor, add_part_arguments, check_part, model_folder
+from nnunet_multimodal.inference.base import Case, ModelPredictor, check_part, model_folder
 
 Subset = tuple[int, ...]
 MAX_MODALITIES = 8  # 255 predictions of each case
@@ -69,7 +69,6 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--baseline", metavar="TRAINER", help="which the others are tested against (default: the first)"
     )
-    add_part_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,6 +137,7 @@ def check_flags(args: argparse.Namespace) -> str:
         "-pfile": args.pfile,
         "--raters": args.raters,
         "--chill": args.chill,
+        "--merge": args.merge,
     }
     given = [flag for flag, value in unused.items() if value]
     if given:

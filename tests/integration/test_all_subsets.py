@@ -98,8 +98,8 @@ def test_what_is_missing_is_named(trained, images, tmp_path):
         evaluate(trained, images, tmp_path, "--chill")
     with pytest.raises(UserError, match=r"-part_id 2 must be at least 0 and less than -num_parts 2"):
         evaluate(trained, images, tmp_path, "-num_parts", "2", "-part_id", "2")
-    with pytest.raises(UserError, match=r"-num_parts 2 shares --all-subsets"):
-        cli.main(["evaluate", str(tmp_path), str(tmp_path), "-num_parts", "2"])
+    with pytest.raises(UserError, match=r"--merge has no meaning with --all-subsets"):
+        evaluate(trained, images, tmp_path, "-num_parts", "2", "--merge")
     with pytest.raises(UserError, match=r"--all-subsets needs -i, -d, -c, -tr"):
         cli.main(["evaluate", "--all-subsets", str(tmp_path), str(tmp_path)])
     with pytest.raises(UserError, match=r"case_0.nii.gz is not there; give a reference"), trained.environment():
