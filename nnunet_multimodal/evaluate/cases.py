@@ -123,8 +123,8 @@ def find_cases(
     for folder in (references, predictions, raters):
         if folder is not None and not folder.is_dir():
             raise SystemExit(f"{folder} is not a folder")
-    there, predicted = _files(references, ending), _files(predictions, ending)
-    samples = _group(_files(predictions / "samples", ending))
+    there, predicted = files_by_case(references, ending), files_by_case(predictions, ending)
+    samples = group_by_case(files_by_case(predictions / "samples", ending))
     drawn = {} if raters is None else find_raters(raters, ending)
     left_out = [LeftOut(case, CASE, "no prediction") for case in there if case not in predicted]
     left_out += [LeftOut(case, CASE, "no reference") for case in predicted if case not in there]
@@ -273,7 +273,7 @@ def _undefined(case: str, measures: CaseMeasures, settings: Settings) -> Iterato
             yield LeftOut(case, f"rater_Dice_nod of {name}", "no rater drew it")
 
 
-def _files(folder: Path, ending: str) -> dict[str, Path]:
+def files_by_case(folder: Path, ending: str) -> dict[str, Path]:
     """Case -> file, hidden files left out; empty where there is no folder."""
     if not folder.is_dir():
         return {}
@@ -281,7 +281,7 @@ def _files(folder: Path, ending: str) -> dict[str, Path]:
     return {path.name.removesuffix(ending): path for path in found}
 
 
-def _group(files: Mapping[str, Path]) -> dict[str, tuple[Path, ...]]:
+def group_by_case(files: Mapping[str, Path]) -> dict[str, tuple[Path, ...]]:
     """Case -> its files of the names CASE__SUFFIX, in the order of the suffixes, 1000 after 999."""
     groups: dict[str, list[tuple[str, Path]]] = {}
     for stem, path in files.items():

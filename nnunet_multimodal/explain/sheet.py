@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nnunet_multimodal.explain.leave_out import Contribution
 from nnunet_multimodal.metrics.distribution import Label
+from nnunet_multimodal.pictures import colour_of, new_figure, outline, save_png, show_image, widest_slice
 
 COLUMNS = 6
-INCHES = 2.1
-COLOURS = "tab10"
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,10 @@ class Sheet:
     contributions: Sequence[Contribution]
     labels: Sequence[Label]
 
-    def slice_shown(self) -> int:
-        """With the most foreground, of the prediction or else of the reference; the middle one without any."""
-        for labels in (self.prediction, self.reference):
-            if labels is not None and (labels > 0).any():
-                return int((labels > 0).reshape(len(labels), -1).sum(1).argmax())
-        return len(self.prediction) // 2
-
 
 def draw_sheet(sheet: Sheet, file: Path) -> None:
     """Write the picture as PNG."""
-    index = sheet.slice_shown()
+    index = widest_slice(sheet.prediction, sheet.reference)
     panels: list[tuple[str, np.ndarray, np.ndarray | None]] = [
         (name, image[index], None) for name, image in sheet.images.items()
     ]
@@ -63,41 +54,24 @@ def draw_sheet(sheet: Sheet, file: Path) -> None:
     count = len(panels) + len(label_maps) + bool(sheet.contributions)
     columns = min(COLUMNS, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(INCHES * columns, (INCHES + 0.25) * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
-    for axis in axes:
-        axis.set_axis_off()
-    figure.suptitle(f"{sheet.case}, slice {index}", fontsize=10)
+    figure, grid = new_figure(rows, columns, f"{sheet.case}, slice {index}")
+    axes = list(grid.flat)
     images, maps = panels[: len(sheet.images)], panels[len(sheet.images) :]
     for title, image, _ in images:
-        _show(axes.pop(0), title, image)
+        show_image(axes.pop(0), image, title)
     for title, labels in label_maps:
         axis = axes.pop(0)
-        _show(axis, title, background)
-        _contours(axis, labels, sheet.labels)
+        show_image(axis, background, title)
+        outline(axis, labels, sheet.labels)
     for title, image, overlay in maps:
         axis = axes.pop(0)
-        _show(axis, title, image)
+        show_image(axis, image, title)
         assert overlay is not None
         axis.imshow(overlay, cmap="viridis", vmin=0, vmax=1, alpha=0.6)
-        _contours(axis, sheet.prediction[index], sheet.labels, "white")
+        outline(axis, sheet.prediction[index], sheet.labels, "white")
     if sheet.contributions:
         _bars(axes.pop(0), sheet.contributions)
-    _save(figure, file)
-
-
-def _show(axis: Any, title: str, image: np.ndarray) -> None:
-    low, high = np.percentile(image, (1, 99))
-    axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
-    axis.set_title(title, fontsize=7)
-
-
-def _contours(axis: Any, labels: np.ndarray, values: Sequence[Label], colour: str | None = None) -> None:
-    for number, value in enumerate(values):
-        mask = np.isin(labels, value)
-        if mask.any() and not mask.all():
-            axis.contour(mask, [0.5], colors=[colour or colormaps[COLOURS](number)], linewidths=0.8)
+    save_png(figure, file)
 
 
 def _bars(axis: Any, contributions: Sequence[Contribution]) -> None:
@@ -111,7 +85,7 @@ def _bars(axis: Any, contributions: Sequence[Contribution]) -> None:
         own = [c for c in contributions if c.label == label]
         values = [c.dice - c.dice_without if against_reference else c.changed for c in own]
         places = np.arange(len(modalities)) + number * height
-        axis.barh(places, values, height, color=colormaps[COLOURS](number), label=label)
+        axis.barh(places, values, height, color=colour_of(number), label=label)
     axis.set_yticks(np.arange(len(modalities)) + 0.4 - height / 2, modalities, fontsize=6)
     axis.tick_params(axis="x", labelsize=6)
     axis.invert_yaxis()
@@ -143,10 +117,4 @@ def draw_weights(weights: Sequence[tuple[str, str, str, float]], file: Path) -> 
     axis.set_xlabel("heard from")
     figure.suptitle("Complementary information weights", fontsize=10)
     figure.colorbar(image)
-    _save(figure, file)
-
-
-def _save(figure: Figure, file: Path) -> None:
-    beside = file.with_name(f".{file.name}")
-    figure.savefig(beside, dpi=130, format="png")
-    beside.replace(file)
+    save_png(figure, file)
