@@ -162,6 +162,11 @@ class Shown:
         return widest_slice(*self.references.values(), self.prediction)
 
     @property
+    def title(self) -> str:
+        """The case, and the slice if it has several."""
+        return self.case if len(self.prediction) == 1 else f"{self.case}, slice {self.index}"
+
+    @property
     def background(self) -> np.ndarray:
         """Under label maps: a slice of one modality, of another one where it is absent."""
         return self.images.get(self.over, next(iter(self.images.values())))[self.index]
@@ -274,7 +279,7 @@ def draw_uncertainty(shown: Shown, folders: Sequence[Folder], count: int, file: 
         raise UserError(f"{folder.path / 'uncertainty'} has no map of {shown.case}; predict it again")
     reference = next(iter(shown.references.values()), None)
     columns = len(shown.images) + len(maps) + (reference is not None)
-    figure, axes = new_figure(1, columns, f"{shown.case}, slice {index}", shown.height)
+    figure, axes = new_figure(1, columns, shown.title, shown.height)
     panels = iter(axes[0])
     for name, image in shown.images.items():
         show_image(next(panels), image[index], name, shown.aspect)
@@ -302,7 +307,7 @@ def draw_manipulated(shown: Shown, folders: Sequence[Folder], count: int, file: 
             raise UserError(f"{shown.case}: the folders' {key} are {values}; predict all with the same --{key}")
     numbers = range(min(count, summaries[0]["samples"]))
     titles = [" ".join([f"T = {s['temperature']:g}", *s["class_scale"]]) for s in summaries]
-    figure, axes = new_figure(len(numbers), len(folders) + 1, f"{shown.case}, slice {shown.index}", shown.height)
+    figure, axes = new_figure(len(numbers), len(folders) + 1, shown.title, shown.height)
     labels = folders[0].settings.labels
     columns = [[shown.prediction] * len(numbers), *(folder.read_samples(shown.case, numbers) for folder in folders)]
     for column, (title, label_maps) in enumerate(zip(["mean", *titles], columns, strict=True)):
@@ -326,7 +331,7 @@ def _draw_label_maps(
     label_maps += [(f"prediction\n{shown.volume(shown.prediction)}", shown.prediction), *samples]
     total = len(shown.images) + len(label_maps) + (entropy is not None)
     columns = min(COLUMNS, total)
-    figure, axes = new_figure(-(-total // columns), columns, f"{shown.case}, slice {shown.index}", shown.height)
+    figure, axes = new_figure(-(-total // columns), columns, shown.title, shown.height)
     panels = iter(axes.flat)
     for name, image in shown.images.items():
         show_image(next(panels), image[shown.index], name, shown.aspect)

@@ -53,7 +53,7 @@ class SyntheticCase:
 def make_case(seed: int, index: int) -> SyntheticCase:
     """Case number ``index`` of the data set that belongs to ``seed``."""
     rng = np.random.default_rng([seed, index])
-    tissue = _render_structures(rng)  # (2Z, 2Y, 2X), 0..3
+    tissue = render_structures(rng)  # (2Z, 2Y, 2X), 0..3
     # nested structures: a voxel's label is the number of structures that fill at least half of it
     labels = np.sum([average(tissue >= label) >= 0.5 for label in range(1, len(STRUCTURES) + 1)], axis=0)
     images = np.stack([average(intensity[tissue]) for intensity in INTENSITY])
@@ -100,7 +100,7 @@ def write_dataset(folder: str | os.PathLike, *, num_training: int = 20, num_test
     beside.rename(folder)
 
 
-def _render_structures(rng: np.random.Generator) -> np.ndarray:
+def render_structures(rng: np.random.Generator) -> np.ndarray:
     """The nested structures at the fine resolution: 0 tissue, 1 organ, 2 lesion, 3 core."""
     shape = [SUPERSAMPLING * size for size in SHAPE]
     steps = [size / SUPERSAMPLING for size in SPACING_MM]

@@ -5,6 +5,7 @@ import pytest
 import SimpleITK
 from scipy.ndimage import binary_dilation, binary_erosion
 
+from nnunet_multimodal.datasets import synthetic_brats
 from nnunet_multimodal.datasets.synthetic import (
     INTENSITY,
     MODALITIES,
@@ -118,3 +119,30 @@ def test_an_existing_folder_is_refused_and_nothing_is_left_beside(folder):
 def test_negative_seed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="seed is -1"):
         write_dataset(tmp_path / "Dataset900_Demo", seed=-1)
+
+
+def test_the_synthetic_download_is_that_of_brats_with_incomplete_test_cases(tmp_path):
+    synthetic_brats.write_download(tmp_path / "download", num_training=1, num_test=4, seed=3)
+    kinds = ["flair", "seg", "t1", "t1ce", "t2"]
+    expected = [set(kinds), set(kinds), set(kinds) - {"flair"}, set(kinds), set(kinds) - {"t1"}]
+    for index, parts in enumerate(expected):
+        name = f"BraTS2021_{index:05d}"
+        folder = tmp_path / "download" / ("ValidationData" if index else "TrainingData") / name
+        assert {file.name for file in folder.iterdir()} == {f"{name}_{part}.nii.gz" for part in parts}
+    images, labels = synthetic_brats.make_case(3, 4)  # as many as there are, whatever else is made
+    stored = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / f"{name}_t2.nii.gz")))
+    assert np.array_equal(stored, images[3])
+    assert set(np.unique(labels)) == {0, 1, 2, 4}
+    assert (images[:, labels > 0] > 0).all()
+    assert (images == 0).all(0).mean() > 0.05
+    assert np.array_equal((images == 0).any(0), (images == 0).all(0))
+    with pytest.raises(FileExistsError):
+        synthetic_brats.write_download(tmp_path / "download")
+
+
+def test_every_pair_of_structures_differs_in_some_modality():
+    images, labels = synthetic_brats.make_case(0, 0)
+    for a, b in ((2, 1), (1, 4), (2, 4)):
+        inside = [images[:, binary_erosion(labels == label)] for label in (a, b)]
+        distance = np.abs(inside[0].mean(1) - inside[1].mean(1)) / inside[0].std(1)
+        assert distance.max() > 2
