@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from nnunetv2.configuration import default_num_processes
@@ -33,6 +30,7 @@ from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import check_file, check_finite, geometry_difference, list_channels, read_json, unreadable
+from nnunet_multimodal.parallel import in_parallel
 from nnunet_multimodal.preprocessing import MANIFEST, PLACEHOLDER, channel_names, find_placeholders, read_manifest
 
 
@@ -100,8 +98,10 @@ def run(args: argparse.Namespace) -> int:
     """
     folder, files = open_folder(args.folder, args.dataset_json)
     manifest = read_manifest(folder.manifest, folder.channels) if folder.manifest.is_file() else {}
-    cases = [(case, tuple(sorted(channels))) for case, channels in sorted(files.items())]
-    reports = dict(zip(sorted(files), _in_parallel(partial(inspect_case, folder), cases, args.np), strict=True))
+    cases = [((case, tuple(sorted(channels))),) for case, channels in sorted(files.items())]
+    reports = dict(
+        zip(sorted(files), in_parallel(partial(inspect_case, folder), cases, args.np, "read images"), strict=True)
+    )
     problems = list(_contradictions(folder, manifest, files, reports))
     if not args.undo:
         problems += [problem for report in reports.values() for problem in report.problems]
@@ -250,14 +250,3 @@ def _cases_without_images(folder: Folder, files: dict[str, set[int]]) -> Iterato
         for file in sorted(labels.iterdir()):
             if file.name.endswith(folder.ending) and file.name.removesuffix(folder.ending) not in files:
                 yield f"{file}: its case has no modality in {folder.path}; add one or remove the label map"
-
-
-def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Iterable[Any]:
-    """In the order of the items, with progress; in this process if one is enough."""
-    progress = partial(tqdm, total=len(items), desc="read images", unit="case")
-    processes = min(processes, len(items))
-    if processes <= 1:
-        yield from progress(map(function, items))
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from progress(pool.map(function, items))

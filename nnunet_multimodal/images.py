@@ -59,7 +59,7 @@ def check_file(file: str | os.PathLike) -> None:
     Raises:
         UserError: see above.
     """
-    if not str(file).endswith((".nii", ".nii.gz")):
+    if not str(file).lower().endswith((".nii", ".nii.gz")):
         return
     try:
         image: Any = nibabel.load(file)

@@ -32,6 +32,7 @@ from nnunet_multimodal.images import geometry_difference, list_channels, read_im
 from nnunet_multimodal.inference.base import voxel_volume_ml
 from nnunet_multimodal.inference.maps import MAPS
 from nnunet_multimodal.pictures import label_legend, new_figure, outline, save_png, show_image, widest_slice
+from nnunet_multimodal.preprocessing import channel_names
 from nnunet_multimodal.raters.files import find_raters
 
 COLUMNS = 6
@@ -199,8 +200,7 @@ class ImageReader:
     def __init__(self, args: argparse.Namespace, folder: Folder) -> None:
         self.folder, self.settings = folder, folder.settings
         description = read_json(folder.path / "dataset.json", "labels")
-        names = description.get("channel_names") or description.get("modality")
-        self.names = [str(names[channel]) for channel in sorted(names, key=int)]
+        self.names = channel_names(description)
         self.over = args.over or self.names[0]
         if self.over not in self.names:
             raise UserError(f"--over {self.over}: the modalities are {', '.join(self.names)}")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +12,12 @@ from typing import Any
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import check_labels, geometry_difference, read_json, read_seg
 from nnunet_multimodal.metrics.case import CaseArrays, CaseMeasures, measure_case
 from nnunet_multimodal.metrics.distribution import Label
+from nnunet_multimodal.parallel import in_parallel
 from nnunet_multimodal.raters.files import find_raters
 
 CASE, SAMPLES, ECE = "case", "samples", "ECE"  # what may be left out
@@ -173,13 +171,8 @@ def evaluate_case(files: CaseFiles, settings: Settings) -> CaseResult:
 
 def evaluate_all(cases: Sequence[CaseFiles], settings: Settings, processes: int) -> Iterator[CaseResult]:
     """Read and measure cases, in their order, with progress; in this process if one is enough."""
-    progress = partial(tqdm, total=len(cases), desc="evaluate", unit="case")
-    processes = min(processes, len(cases))
-    if processes <= 1:
-        yield from progress(evaluate_case(files, settings) for files in cases)
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from progress(pool.map(partial(evaluate_case, settings=settings), cases))
+    work = [(files,) for files in cases]
+    yield from in_parallel(partial(evaluate_case, settings=settings), work, processes, "evaluate")
 
 
 def read_label_map(file: Path, settings: Settings) -> LabelMap:

@@ -63,7 +63,7 @@ def _sums(logits: Tensor, y: Tensor, valid: Tensor | None, kind: str, has_region
     logits, y = logits.float(), y.float()
     counts = torch.ones_like(y[:, :1, 0]) if valid is None else valid.float()  # (B, M or 1, V)
     y = y * counts[:, :, None]
-    sums = {}
+    sums: dict[str, Tensor] = {}
     if "cross_entropy" in kind:
         log_p = F.logsigmoid(logits) if has_regions else logits.log_softmax(2)
         inside = torch.einsum("bncv,bmcv->bnm", log_p, y)

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,14 +29,13 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from tqdm import tqdm
 
-from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.errors import UserError, refuse
 from nnunet_multimodal.images import geometry_difference, rename_files
+from nnunet_multimodal.parallel import in_parallel
 from nnunet_multimodal.raters.files import FOLDER, WEIGHTS, Rater, find_raters
 
 MAJORITY, STAPLE = "majority", "staple"
-SHOWN_PROBLEMS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.method not in (MAJORITY, STAPLE):
         without = [case for case, of_case in raters.items() if args.method not in {rater.name for rater in of_case}]
         problems += [f"{case} has no rater {args.method!r}" for case in without]
-    _refuse(problems)
+    refuse(problems)
     work = Work(
         determine_reader_writer_from_dataset_json(description, str(next(iter(images.values())))),
         LabelManager(description["labels"], description.get("regions_class_order")),
@@ -97,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         ending,
     )
     cases = [(images[case], raters[case]) for case in raters]
-    _refuse([p for found in _each(partial(check_case, work), cases, args.np, "check") for p in found])
+    refuse([p for found in in_parallel(partial(check_case, work), cases, args.np, "check") for p in found])
     counts = [len(of_case) for of_case in raters.values()]
     weights = ", with weights" if (raw / FOLDER / WEIGHTS).is_file() else ""
     print(f"{len(raters)} cases with {min(counts)} to {max(counts)} raters{weights}: names, grids and labels are right")
@@ -109,25 +106,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{output} has label maps of {len(there)} of the cases; --overwrite replaces them")
     output.mkdir(exist_ok=True)
     files = [(image, of_case, output / f"{case}{ending}") for case, (image, of_case) in zip(raters, cases, strict=True)]
-    for _ in _each(partial(write_consensus, work), files, args.np, args.method):
+    for _ in in_parallel(partial(write_consensus, work), files, args.np, args.method):
         pass
     print(f"{args.method}: {len(files)} label maps in {output}")
     return 0
-
-
-def _each(function: Callable[..., Any], items: Sequence[tuple], processes: int, name: str) -> Iterator[Any]:
-    progress = partial(tqdm, desc=name, total=len(items), unit="case")
-    if processes <= 1:
-        yield from progress(map(function, *zip(*items, strict=True)))
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from progress(pool.map(function, *zip(*items, strict=True)))
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        more = f"\n... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        raise UserError("nothing is written:\n" + "\n".join(problems[:SHOWN_PROBLEMS]) + more)
 
 
 def _values(labels: dict[str, Any]) -> Iterable[int]:

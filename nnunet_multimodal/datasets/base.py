@@ -1,0 +1,264 @@
+"""What a source of cases is. A converter is a function that finds them; ``datasets/engine.py`` does the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_multimodal.errors import UserError
+
+TRAIN, VALIDATION, TEST = "train", "val", "test"
+FOLDS = 5  # nnU-Net's
+NIFTI = r"\.nii(?:\.gz)?"
+# imagesTs, ct_test, hecktor2022_testing, MICCAI_BraTS2020_ValidationData, BraTS20_Validation_001
+_TEST_FOLDER = re.compile(
+    r"(images|labels)Ts|(.*[^a-z])?(test|testing|valid|validation)(data|set)?([^a-z].*)?", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class SourceCase:
+    """A case as it lies in the source.
+
+    Attributes:
+        name: of the case in nnU-Net's files.
+        images: channel -> file, of the modalities that are there.
+        label: its label map, if it has one.
+        raters: rater -> label map, if there are several.
+        split: ``TEST`` goes to imagesTs; ``TRAIN`` and ``VALIDATION`` where the source itself says so, else empty.
+        group: what must not be torn apart by a split, such as the patient; the case itself if empty.
+        values: label in the source -> label of the data set; None if they are the same.
+        remarks: what was irregular about it, in words.
+    """
+
+    name: str
+    images: Mapping[str, Path]
+    label: Path | None = None
+    raters: Mapping[str, Path] = field(default_factory=dict)
+    split: str = ""
+    group: str = ""
+    values: Mapping[int, int] | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def suffix(self) -> str:
+        """Of nnU-Net's folders: imagesTr, imagesTs."""
+        return "Ts" if self.split == TEST else "Tr"
+
+    @property
+    def label_maps(self) -> dict[str, Path]:
+        """Rater -> file; the label map itself has no rater's name."""
+        return {**({"": self.label} if self.label else {}), **self.raters}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that becomes a data set.
+
+    Attributes:
+        name: of the data set, unless the user gives another.
+        channels: names of the modalities, in nnU-Net's order.
+        labels: as in dataset.json, with regions.
+        cases: sorted by name.
+        regions_class_order: as in dataset.json.
+        ending: of the files that are written.
+        incomplete: what becomes of cases that lack a modality unless the user says otherwise: keep, drop or error.
+        irregular: values of label maps that are known to be wrong, and what is said where they are met.
+        more: further entries of dataset.json.
+        remarks: what there is to say of the whole.
+        ignored: files that belong to no case.
+        is_temporary: the files are ours and may be moved.
+    """
+
+    name: str
+    channels: tuple[str, ...]
+    labels: Mapping[str, int | Sequence[int]]
+    cases: tuple[SourceCase, ...]
+    regions_class_order: tuple[int, ...] | None = None
+    ending: str = ".nii.gz"
+    incomplete: str = "error"
+    irregular: Mapping[int, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    ignored: tuple[Path, ...] = ()
+    is_temporary: bool = False
+
+    @property
+    def declared(self) -> set[int]:
+        """All values of its labels."""
+        values = [[value] if isinstance(value, int) else value for value in self.labels.values()]
+        return {0, *(label for of_region in values for label in of_region)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a converter is asked for.
+
+    Attributes:
+        path: the source's folder.
+        beside: a folder for temporary files; it is not there yet.
+        dataset_id: of nnU-Net's data set.
+        processes: how many may run.
+        pattern: of the images' names.
+        label_pattern: of the label maps' names.
+        channels: ``NAME`` or ``NAME=TEXT`` each.
+        labels: ``NAME=VALUE`` or ``NAME=VALUE+VALUE`` each.
+        derivatives: a BIDS tree's folder of label maps.
+    """
+
+    path: Path
+    beside: Path = Path()
+    dataset_id: int = 0
+    processes: int = 1
+    pattern: str | None = None
+    label_pattern: str | None = None
+    channels: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    derivatives: str | None = None
+
+
+def list_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted and relative to it; without hidden ones (and macOS' ``._`` twins).
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; unpack the download and name the folder that it makes")
+    below = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [file for file in below if not any(part.startswith(".") or part == "__MACOSX" for part in file.parts)]
+
+
+def case_name(*parts: str) -> str:
+    """A name that nnU-Net and every file system take: letters, digits, ``-`` and ``_``."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", "_".join(part for part in parts if part)).strip("_")
+
+
+def common_ending(files: Iterable[Path]) -> str:
+    """The ending of the data set's files: .png if all of the source's are, else .nii.gz."""
+    return ".png" if {file.suffix.lower() for file in files} == {".png"} else ".nii.gz"
+
+
+def is_test(file: Path) -> bool:
+    """Whether a folder that a file (relative to the source) lies in is one of test or validation images."""
+    return any(_TEST_FOLDER.fullmatch(part) for part in file.parts[:-1])
+
+
+class Collector:
+    """Files of cases, as they are found; case names that differ in upper and lower case alone are one.
+
+    Attributes:
+        root: the source's folder; files are relative to it.
+        ignored: files that belong to no case.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.ignored: list[Path] = []
+        self._names: dict[str, str] = {}
+        self._files: dict[str, dict[tuple[str, str], Path]] = {}
+
+    def add_image(self, case: str, channel: str, file: Path) -> None:
+        """Note the image of a modality.
+
+        Raises:
+            UserError: the case has another one.
+        """
+        self._add(case, ("image", channel), file)
+
+    def add_label(self, case: str, file: Path, rater: str = "") -> None:
+        """Note a label map, or a rater's.
+
+        Raises:
+            UserError: the case has another one.
+        """
+        self._add(case, ("label map", rater), file)
+
+    def _add(self, case: str, kind: tuple[str, str], file: Path) -> None:
+        files = self._files.setdefault(self._names.setdefault(case.casefold(), case), {})
+        if kind in files:
+            what = " ".join(kind).strip()
+            raise UserError(f"{case}: two files are its {what}: {self.root / files[kind]} and {file}; move one away")
+        files[kind] = file
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the cases, sorted."""
+        return iter(sorted(self._files))
+
+    def files(self, case: str) -> list[Path]:
+        """All of a case's files, relative to the source."""
+        return list(self._files[case].values())
+
+    def case(self, name: str, **more: Any) -> SourceCase:
+        """A case of what was found; it is a test case where its folder says so.
+
+        Args:
+            name: of the case.
+            more: further attributes of :class:`SourceCase`.
+        """
+        files = self._files[name]
+        images = {channel: self.root / file for (kind, channel), file in files.items() if kind == "image"}
+        maps = {rater: self.root / file for (kind, rater), file in files.items() if kind != "image"}
+        split = TEST if any(map(is_test, files.values())) else ""
+        raters = dict(sorted((rater, file) for rater, file in maps.items() if rater))
+        return SourceCase(name, images, maps.get(""), raters, **{"split": split, **more})
+
+
+def group_folds(cases: Iterable[SourceCase]) -> list[dict[str, list[str]]] | None:
+    """The folds of ``splits_final.json``, of training cases; None where nnU-Net's own will do.
+
+    The source's own split is one fold. Else, if groups have several cases, groups are dealt out to five folds, as
+    nnU-Net deals out cases.
+    """
+    cases = sorted((case for case in cases if case.split != TEST), key=lambda case: case.name)
+    if {case.split for case in cases} >= {TRAIN, VALIDATION}:
+        return [{split: [case.name for case in cases if case.split == split] for split in (TRAIN, VALIDATION)}]
+    members: dict[str, list[str]] = {}
+    for case in cases:
+        members.setdefault(case.group or case.name, []).append(case.name)
+    if len(members) in (1, len(cases)):
+        return None
+    folds = generate_crossval_split(sorted(members), n_splits=min(FOLDS, len(members)))
+    return [{part: [name for group in groups for name in members[group]] for part, groups in f.items()} for f in folds]
+
+
+def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
+    """``NAME=TEXT`` each, or ``NAME`` for itself.
+
+    Raises:
+        UserError: none, an empty part, or a name twice.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not name.strip() or (separator and not value.strip()) or name.strip() in named:
+            raise UserError(f"{option} {text!r}: give NAME=TEXT, every name once")
+        named[name.strip()] = value.strip() or name.strip()
+    if not named:
+        raise UserError(f"{option} is needed here: NAME=TEXT, one or more")
+    return named
+
+
+def parse_labels(texts: Sequence[str]) -> tuple[dict[str, int], dict[int, int]]:
+    """``NAME=VALUE`` or ``NAME=VALUE+VALUE`` each: labels of dataset.json, and what becomes of the source's values.
+
+    Labels are numbered from 1, as nnU-Net wants them, in the order in which they are given.
+
+    Raises:
+        UserError: not of this form, a name or value twice, or 0, which is background.
+    """
+    labels, values = {"background": 0}, {0: 0}
+    for number, (name, text) in enumerate(parse_named(texts, "--labels").items(), start=1):
+        for part in text.split("+"):
+            if not part.strip().isdecimal():
+                raise UserError(f"--labels {name}={text}: {part!r} is not a whole number of at least 1")
+            if int(part) in values or name in labels:
+                raise UserError(f"--labels {name}={text}: {int(part)} is given twice, or is 0, which is background")
+            values[int(part)] = number
+        labels[name] = number
+    return labels, values
