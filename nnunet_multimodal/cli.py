@@ -30,6 +30,7 @@ COMMANDS = {
         "nnunet_multimodal.explain",
         "which modality contributed what, where: maps, weights, pictures",
     ),
+    "report": ("nnunet_multimodal.report", "one HTML page of models, cases, samples, calibration and explanations"),
     "sheets": ("nnunet_multimodal.sheets", "pictures of samples, uncertainty, experts and manipulated samples"),
     "uncertainty": ("nnunet_multimodal.inference.uncertainty", "maps of each modality's uncertainty for whole images"),
     "submit": ("nnunet_multimodal.submit", "any of these commands, or nnU-Net's, as jobs of a SLURM cluster"),
