@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": ("nnunet_multimodal.doctor", "check the installation and say what is wrong with it"),
     "demo": ("nnunet_multimodal.demo", "plain nnU-Net and CRNP side by side, on synthetic data or on yours"),
     "convert": ("nnunet_multimodal.convert", "BraTS, PET/CT, LIDC, BIDS and other data to nnU-Net's raw format"),
+    "dicom": ("nnunet_multimodal.dicom", "DICOM series to images, predictions to DICOM-SEG and parametric maps"),
     "complete": ("nnunet_multimodal.complete", "placeholders for the modalities that cases lack, and back"),
     "consensus": (
         "nnunet_multimodal.raters.consensus",

@@ -113,7 +113,8 @@ def _files(folder: Path, scope: str | None) -> Iterable[tuple[Path, str, dict[st
         raise UserError(f"{folder} is not a folder; --derivatives names one below derivatives/, or any other")
     # a pickle in a stranger's tree would run code
     options = ancpbids.DatasetOptions(ignore_pickle_file=True)
-    artifacts = ancpbids.load_dataset(str(folder.resolve()), options).query(extension=[".nii", ".nii.gz"], scope=scope)
+    dataset = ancpbids.load_dataset(str(folder.resolve()), options)
+    artifacts: Any = dataset.query(extension=[".nii", ".nii.gz"], scope=scope)
     for artifact in sorted(artifacts, key=lambda artifact: artifact.get_absolute_path()):
         if "sub" in artifact.entities:
             yield Path(artifact.get_absolute_path()), artifact.suffix, dict(artifact.entities)
