@@ -12,6 +12,7 @@ from typing import Any
 
 import _ciml_sections as ciml
 import _common as common
+import _growth_sections as growth
 import _missing_sections as missing
 import _mose_sections as mose
 import _planning_sections as planning
@@ -166,6 +167,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
             **ciml.SECTIONS,
             **mose.SECTIONS,
             **planning.SECTIONS,
+            **growth.SECTIONS,
         }.items()
     },
 }
