@@ -22,6 +22,7 @@ import _common as common
 import numpy as np
 from _lidc_report import NODULE, Case, Panel, annotations, draw_masks, quantile_cases, read_prediction
 from lidc import DATA, PLANS, SEEDED_TRAINING, Slices, run, write_png
+from scipy.stats import bootstrap
 from skimage import io
 from sts import training_seconds
 from tqdm import tqdm
@@ -136,6 +137,8 @@ def measure(folders: dict[str, Path], slices: Slices) -> dict[str, Any]:
             curve = part if curve is None else curve + part
         for column, value in found.items():
             columns.setdefault(column, []).append(value)
+    majority = [distances(majority_mask(slices.masks[index]), slices.masks[index])[0] for index in held_out(slices)]
+    difference = np.array(columns["GED 100"]) - majority
     result = {
         column: {"mean": round(float(np.mean(v)), 4), "standard_error": round(float(np.std(v) / len(v) ** 0.5), 4)}
         for column, v in columns.items()
@@ -144,10 +147,33 @@ def measure(folders: dict[str, Path], slices: Slices) -> dict[str, Any]:
     reliability = {"probability": curve.confidence, "raters": curve.frequency}
     return {
         **result,
+        "GED 100 less the majority mask's": over_patients(difference, slices.patients[held_out(slices)]),
         "ECE": round(curve.expected_calibration_error, 6),
         "reliability": {name: [round(float(v), 4) for v in values] for name, values in reliability.items()},
         "pixels": curve.count.tolist(),
     }
+
+
+def held_out(slices: Slices) -> list[int]:
+    """Indices of the slices of held-out patients."""
+    return [index for index, _ in slices.names(held_out=True)]
+
+
+def majority_mask(raters: np.ndarray) -> np.ndarray:
+    """What half of the raters or more drew (1, Y, X)."""
+    return (2 * raters.sum(0) >= len(raters)).astype(np.uint8)[None]
+
+
+def over_patients(values: np.ndarray, patients: np.ndarray) -> dict[str, float]:
+    """Mean over slices, and its 95 % interval when patients, with all their slices, are drawn again and again."""
+    own = [values[patients == patient] for patient in np.unique(patients)]
+    sums, counts = np.array([v.sum() for v in own]), np.array([len(v) for v in own])
+    interval = bootstrap(
+        (sums, counts), lambda s, c, axis=-1: s.sum(axis) / c.sum(axis), paired=True, method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    figures = {"mean": values.mean(), "low": interval.low, "high": interval.high}
+    return {name: round(float(value), 4) for name, value in figures.items()}
 
 
 def floors(slices: Slices) -> dict[str, dict[str, float]]:
@@ -155,7 +181,7 @@ def floors(slices: Slices) -> dict[str, dict[str, float]]:
     found: dict[str, list[tuple[float, float]]] = {"majority mask": [], "empty": [], "one rater": []}
     for index, _ in slices.names(held_out=True):
         raters = slices.masks[index]
-        found["majority mask"].append(distances((2 * raters.sum(0) >= len(raters)).astype(np.uint8)[None], raters))
+        found["majority mask"].append(distances(majority_mask(raters), raters))
         found["empty"].append(distances(np.zeros_like(raters[:1]), raters))
         found["one rater"].append(tuple(np.mean([distances(r[None], raters) for r in raters], 0)))
     return {
@@ -180,7 +206,7 @@ def draw_experts(args: argparse.Namespace, cases: list[Case], folders: dict[str,
             *((f"sample {k}", mask) for k, mask in drawn),
         ]
 
-    draw_masks(args, cases, panels, "lidc_mose_samples")
+    draw_masks(args, cases, panels, f"{args.name}_samples")
 
 
 def draw(args: argparse.Namespace, methods: dict[str, Any], floor: dict[str, dict[str, float]]) -> None:
@@ -201,7 +227,7 @@ def draw(args: argparse.Namespace, methods: dict[str, Any], floor: dict[str, dic
     right.set(xlabel="probability of nodule", ylabel="raters who drew it", title="do probabilities mean what they say?")
     for ax in (left, right):
         ax.legend(frameon=False, fontsize=8)
-    common.save(fig, args, "lidc_mose")
+    common.save(fig, args, args.name)
 
 
 def main() -> None:
@@ -217,6 +243,7 @@ def main() -> None:
     p.add_argument("--iterations", type=int, default=150)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--name", default="lidc_mose", help="of the results' files, such as lidc_mose_long")
     p.add_argument("--note", default="", help="recorded with the figures, for what a reader should know of the run")
     args = p.parse_args()
     args.work = (args.work or args.out.resolve().parent / "work" / "lidc_mose").resolve()
@@ -242,7 +269,7 @@ def main() -> None:
         "repeats": 1, "note": args.note, "paper": PAPER, "held_out_slices": len(list(slices.names(held_out=True))),
         "methods": methods, "floors": floor,
     }  # fmt: skip
-    common.write(args, "lidc_mose", figures)
+    common.write(args, args.name, figures)
 
 
 if __name__ == "__main__":
