@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -17,11 +18,11 @@ def in_parallel(function: Callable[..., Any], items: Sequence[tuple], processes:
     Args:
         function: that a spawned process finds by its name.
         items: its arguments, one tuple for each call.
-        processes: at most.
+        processes: at most; no more than there are CPUs, as each begins with importing torch.
         name: of what is done, for the progress bar.
     """
     progress = partial(tqdm, total=len(items), desc=name, unit="case")
-    processes = min(processes, len(items))
+    processes = min(processes, len(items), os.cpu_count() or 1)
     arguments = zip(*items, strict=True)
     if processes <= 1:
         yield from progress(map(function, *arguments) if items else ())
