@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from nnunet_multimodal.metrics.transport import transport_plan
 
 SMOOTH = 1.0  # of the IoU
-CHUNK = {"cpu": 2**20, "cuda": 2**24}  # logits that are worked on at once
+CHUNK = {"cpu": 2**22, "cuda": 2**24}  # logits that are worked on at once
 MIN_WEIGHT = 1e-30  # of a gate: its logarithm's gradient must survive
 LARGE_COST = 1e3  # in place of what overflowed: GradScaler skips such a step
 COSTS = ("iou", "cross_entropy", "iou+cross_entropy")
