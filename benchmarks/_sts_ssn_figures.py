@@ -9,7 +9,7 @@ from typing import Any
 
 import _common as common
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK
 from sts import PET_CHANNEL, read_label
 
 from nnunet_multimodal.metrics.surface import dice
@@ -24,12 +24,12 @@ SERIES = ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7")
 
 def read_mask(file: Path) -> np.ndarray:
     """Tumour mask (Z, Y, X)."""
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file))) > 0
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file))) > 0
 
 
 def read_image(file: Path) -> np.ndarray:
     """Intensities (Z, Y, X)."""
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
 
 
 def sample_files(folder: Path, case: str) -> list[Path]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import _common as common
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK
 from tqdm import tqdm
 
 from nnunet_multimodal.cli import main as nnunet_multimodal
@@ -62,7 +62,9 @@ def read_result(args: argparse.Namespace, data: Path, cases: list[str], trainer:
     scores: Scores = {}
     for case in cases:
         truth, spacing_mm = read_label(data, case)
-        prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(folders[0] / "validation" / f"{case}.nii.gz"))) > 0
+        prediction = (
+            SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folders[0] / "validation" / f"{case}.nii.gz"))) > 0
+        )
         scores[case] = {"dice": dice(prediction, truth), "hd95_mm": hausdorff_distance(prediction, truth, spacing_mm)}
     return {**summarise(scores), "training_s": round(training_seconds(folders[0]))}
 
@@ -117,8 +119,8 @@ def read_plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_label(data: Path, case: str) -> tuple[np.ndarray, tuple[float, ...]]:
     """Tumour mask (Z, Y, X) and spacing in mm."""
-    image = sitk.ReadImage(str(data / "labelsTr" / f"{case}.nii.gz"))
-    return sitk.GetArrayFromImage(image) > 0, image.GetSpacing()[::-1]
+    image = SimpleITK.ReadImage(str(data / "labelsTr" / f"{case}.nii.gz"))
+    return SimpleITK.GetArrayFromImage(image) > 0, image.GetSpacing()[::-1]
 
 
 def ellipsoid(shape: tuple[int, ...], axial: float, in_plane: float) -> np.ndarray:
@@ -141,7 +143,7 @@ def best_ellipsoid(data: Path, cases: list[str]) -> tuple[float, float]:
 
 def threshold_pet(data: Path, case: str) -> np.ndarray:
     """PET above 0.4 times its 99.9th percentile."""
-    pet = sitk.GetArrayFromImage(sitk.ReadImage(str(data / "imagesTr" / f"{case}_{PET_CHANNEL:04d}.nii.gz")))
+    pet = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(data / "imagesTr" / f"{case}_{PET_CHANNEL:04d}.nii.gz")))
     return pet > 0.4 * np.percentile(pet, 99.9)
 
 

@@ -28,7 +28,7 @@ from nnunet_multimodal.dicom.objects import (
     segmentation,
 )
 from nnunet_multimodal.dicom.stack import Stack, stack_slices
-from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.errors import UserError, refuse
 from nnunet_multimodal.files import written_beside
 from nnunet_multimodal.images import check_file, check_labels, geometry_difference, read_json, unreadable
 from nnunet_multimodal.inference.maps import MAPS
@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
             cases.append(case)
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(["nothing is written:", *problems]))
+    refuse(problems)
     args.o.mkdir(parents=True, exist_ok=True)
     for case in tqdm(cases, desc="export", unit="case"):
         write_objects(case, segments, algorithm, args.o)
@@ -93,7 +92,7 @@ def find_predictions(folder: Path, ending: str, maps: Sequence[str] | None) -> d
     for case in cases:
         found[case] = {SEG: folder / f"{case}{ending}"}
         for name in MAPS if maps is None else maps:
-            file = folder / "uncertainty" / f"{case}_{name}{ending}"
+            file = folder / "uncertainty" / f"{case}_{name}.nii.gz"  # whatever the label maps are
             if file.is_file():
                 found[case][name] = file
             elif maps is not None:

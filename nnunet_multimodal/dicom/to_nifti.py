@@ -18,7 +18,7 @@ from nnunet_multimodal.dicom.files import Series, find_series, read_headers
 from nnunet_multimodal.dicom.rules import Rule, choose, group_cases, listing, parse_rules, text
 from nnunet_multimodal.dicom.stack import Stack, read_stack, stack_slices
 from nnunet_multimodal.dicom.suv import Uptake, uptake
-from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.errors import UserError, refuse
 from nnunet_multimodal.files import write_json
 from nnunet_multimodal.images import geometry_difference
 
@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
         remarks += [remark] if remark else []
         if case and not args.overwrite and (there := existing(args.o, name)):
             problems.append(f"{there[0]} is there; --overwrite replaces it, or give another folder to -o")
-    if problems:
-        raise UserError("\n".join(["nothing is written:", *problems]))
+    refuse(problems)
     if not cases:
         raise UserError("\n".join(["no case is left:", *remarks]))
     if args.suv and not any(channel.uptake for case in cases for channel in case.channels):

@@ -4,6 +4,14 @@
 """
 
 from tests.contracts.network import MODALITIES, NetworkContract, unet_kwargs, with_absent
-from tests.contracts.trainer import TrainerContract, fixed_batches
+from tests.contracts.trainer import TrainerContract, fixed_batches, interrupt_second_epoch
 
-__all__ = ["MODALITIES", "NetworkContract", "TrainerContract", "fixed_batches", "unet_kwargs", "with_absent"]
+__all__ = [
+    "MODALITIES",
+    "NetworkContract",
+    "TrainerContract",
+    "fixed_batches",
+    "interrupt_second_epoch",
+    "unet_kwargs",
+    "with_absent",
+]

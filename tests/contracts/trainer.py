@@ -228,15 +228,20 @@ class TrainerContract:
             get_dataloaders = trainer.get_dataloaders
             trainer.get_dataloaders = lambda: fixed_batches(trainer, get_dataloaders)
         if interrupt:
-            on_epoch_start = trainer.on_epoch_start
-
-            def interrupted():
-                if trainer.current_epoch == 1:
-                    raise KeyboardInterrupt
-                on_epoch_start()
-
-            trainer.on_epoch_start = interrupted
+            interrupt_second_epoch(trainer)
         return trainer
+
+
+def interrupt_second_epoch(trainer):
+    """Ctrl-C as its second epoch begins."""
+    on_epoch_start = trainer.on_epoch_start
+
+    def interrupted():
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+        on_epoch_start()
+
+    trainer.on_epoch_start = interrupted
 
 
 def fixed_batches(trainer, get_dataloaders):

@@ -12,6 +12,7 @@ from nnunet_multimodal import cli
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.modalities import split_present
 from nnunet_multimodal.preprocessing import PLACEHOLDER
+from tests.contracts import interrupt_second_epoch
 from tests.nnunet import DATASET, PLANS, NnUNet, make_dataset, remove_channels, segmentation, write_raw
 
 ABSENT = {0: (1,), 1: (0, 2), 3: (2,), 4: (0,)}
@@ -274,14 +275,7 @@ def test_a_training_on_incomplete_cases_continues(incomplete, tmp_path):
     trainer = nnunet.trainer(name)
     with nnunet.environment():
         trainer.initialize()
-        start = trainer.on_epoch_start
-
-        def interrupted():
-            if trainer.current_epoch == 1:
-                raise KeyboardInterrupt
-            start()
-
-        trainer.on_epoch_start = interrupted
+        interrupt_second_epoch(trainer)
         with pytest.raises(KeyboardInterrupt):
             trainer.run_training()
     fold = nnunet.train(name, "3d_fullres", 0, "--c")

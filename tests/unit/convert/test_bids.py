@@ -70,9 +70,11 @@ def test_several_files_of_a_modality_ask_for_an_entity(tree, raw):
         convert("bids", tree, *FLAGS, "--derivatives", "masks")
 
 
-def test_a_pickle_of_a_stranger_is_not_loaded(tree, raw):
-    (tree / ".ancpbids-dataset.pickle").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+def test_a_pickle_of_a_stranger_is_not_loaded(tree, raw, tmp_path):
+    ran = tmp_path / "ran"
+    (tree / ".ancpbids-dataset.pickle").write_bytes(f"cos\nsystem\n(S'touch {ran}'\ntR.".encode())
     convert("bids", tree, *FLAGS, "--derivatives", "masks", "--label-pattern", "dseg:label-lesion")
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize(
