@@ -102,6 +102,8 @@ def resolve(args: argparse.Namespace) -> Settings:
     for trainer in args.trainers:
         if split_length(trainer)[1:] != (None, None):
             raise DemoError(f"--trainers {trainer} has a length; give the base name, and the length with --epochs")
+        if not _is_trainer(trainer):
+            raise DemoError(f"--trainers {trainer}: nnU-Net finds no trainer of this name")
     device = args.device or ("cuda" if _cuda_is_available() else "cpu")
     epochs, iterations = SYNTHETIC_LENGTH if synthetic else REAL_LENGTH
     return Settings(
@@ -120,6 +122,20 @@ def resolve(args: argparse.Namespace) -> Settings:
         spacing_mm=tuple(args.spacing) if args.spacing else None,
         seed=args.seed,
     )
+
+
+def _is_trainer(name: str) -> bool:
+    from nnunet_multimodal.lookup import COMBINATIONS
+
+    if name in {*TRAINERS, *COMBINATIONS}:
+        return True  # nnU-Net's search imports all its trainers
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        recursive_find_trainer_class_by_name(name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _dataset_name(data: Path | None, dataset_id: int | None) -> str:

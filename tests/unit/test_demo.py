@@ -75,6 +75,15 @@ def test_values_that_cannot_be_are_refused(tmp_path):
         settings("--labels", "tumour")
 
 
+def test_a_trainer_that_nobody_has_is_refused_at_the_start(monkeypatch):
+    searched = []
+    search = "nnunetv2.utilities.find_objects.recursive_find_python_class"  # imports all trainers: seconds
+    monkeypatch.setattr(search, lambda folder, name, *_, **__: searched.append(name))
+    with pytest.raises(DemoError, match="CNRPTrainer: nnU-Net finds no trainer"):
+        settings("--trainers", "nnUNetTrainer", "CRNPTrainer", "CNRPTrainer")
+    assert searched == ["CNRPTrainer"]
+
+
 def test_a_dataset_without_json_needs_its_names(raw, tmp_path):
     with pytest.raises(DemoError, match=r"dataset.json does not exist; .*--channel-names"):
         data.describe(settings("--data", raw, "--out", tmp_path / "out"))
