@@ -74,7 +74,7 @@ def write(args: argparse.Namespace, name: str, figures: Mapping[str, Any]) -> Pa
     ]
     content = {
         "benchmark": name,
-        "command": " ".join((f"python benchmarks/{name}.py", *flags)),
+        "command": " ".join((f"python benchmarks/{Path(sys.argv[0]).name}", *flags)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(args.device),
         "versions": versions(),

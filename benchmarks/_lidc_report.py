@@ -135,20 +135,21 @@ def annotations(case: Case) -> list[Panel]:
 
 
 def draw_masks(args: argparse.Namespace, cases: list[Case], panels: Callable[[Case], list[Panel]], name: str) -> None:
-    """A row of panels for each slice; a title that is the same in all rows stands above the first alone."""
+    """A row of panels for each slice; a title that all rows share stands above the first alone."""
     rows = [panels(case) for case in cases]
+    is_shared = [len({title for title, _ in column}) == 1 for column in zip(*rows, strict=True)]
     fig, _ = common.figure(1.05 * len(rows[0]), 1.12 * len(rows))
     fig.clear()
     axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
     for axes_row, row, case in zip(axes, rows, cases, strict=True):
-        for ax, (title, mask), (first, _) in zip(axes_row, row, rows[0], strict=True):
+        for ax, (title, mask), shared in zip(axes_row, row, is_shared, strict=True):
             ax.imshow(case.image, cmap="gray", vmin=0, vmax=255)
             if mask is not None and mask.any():
                 ax.imshow(np.ma.masked_equal(mask, 0), cmap="Reds", vmin=0, vmax=1.4, alpha=0.4)
                 ax.contour(mask, [0.5], colors="#ff4020", linewidths=0.9)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-            if row is rows[0] or title != first:
+            if row is rows[0] or not shared:
                 ax.set_title(title, fontsize=8)
         diversity = score(Prediction(case.raters[0], case.raters), case.raters)["diversity"]
         axes_row[0].set_ylabel(f"{diversity:.2f}", fontsize=9)

@@ -135,6 +135,7 @@ def lidc_mose(result: Result, table: Table) -> str:
         "figures are of the whole data set and long trainings, the floors need no image but the raters' masks.",
         "MoSE's gate and its initialisation were chosen in short trials that looked at 150 of these slices too, so its",
         "figures are a little optimistic. In the last column the interval (95 %) is of patients drawn again and again.",
+        "In the picture of slices an expert without a weight has that of the first row.",
         "",
         table(("", *columns, "ECE", less), rows),
     ]

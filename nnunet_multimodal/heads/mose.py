@@ -37,8 +37,9 @@ Deviations from the paper and its code, and why:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ MIN_SCALE = 1e-5  # paper: (features + a(z)) * (b(z) + 1e-5)
 INITIAL_DEVIATION = 1 / 8
 MIN_IMPROVEMENT = 1e-3  # of an epoch's loss, relative, to count as one
 DRAW_CHUNK = 2**18  # voxels of an image that a sample is made of at once
+CHUNK = {"cpu": 2**20, "cuda": 2**26}  # elements of the features that are decoded at once in training
 
 
 class MoSEHead(DeterministicHead):
@@ -158,18 +160,21 @@ class MoSEHead(DeterministicHead):
         """See ``nnunet_multimodal.heads.base``."""
         base = self.base(features, logits)
         pi, latents, weights = self.experts(bottleneck)
-        again = self.training and torch.is_grad_enabled()
-        samples = [
-            checkpoint(self.decode, base, z, use_reentrant=False) if again else self.decode(base, z)
-            for z in latents.unbind(1)
+        decode: Callable[[Tensor, Tensor], Tensor] = self.decode
+        if self.training and torch.is_grad_enabled():  # the backward pass decodes a sample of a piece again
+            decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
+        size = max(1, CHUNK.get(base.device.type, CHUNK["cpu"]) // math.prod(base.shape[:2]))
+        pieces = [
+            torch.stack([decode(piece, z) for z in latents.unbind(1)], 1) for piece in base.flatten(2).split(size, 2)
         ]
-        return ExpertMixture(torch.stack(samples, 1), weights, base, pi, self.has_regions)
+        samples = torch.cat(pieces, 3).unflatten(3, base.shape[2:])
+        return ExpertMixture(samples, weights, base, pi, self.has_regions)
 
     def mean_logits(self, features: Sequence[Tensor], bottleneck: Tensor, logits: Tensor | None = None) -> Tensor:
         """Logits of the weighted mean probability (B, C, *D), one sample at a time."""
         base = self.base(features, logits)
         _, latents, weights = self.experts(bottleneck)
-        samples = (self.decode(base, z) for z in latents.unbind(1))
+        samples = (self.decode(base.flatten(2), z).unflatten(2, base.shape[2:]) for z in latents.unbind(1))
         return mixture_logits(samples, weights.unbind(1), self.has_regions)
 
     def base(self, features: Sequence[Tensor], logits: Tensor | None) -> Tensor:
@@ -187,30 +192,27 @@ class MoSEHead(DeterministicHead):
             return pi, latents.flatten(1, 2), pi.repeat_interleave(self.samples_per_expert, 1) / self.samples_per_expert
 
     def decode(self, base: Tensor, latent: Tensor) -> Tensor:
-        """Logits (B, C, *D) of a latent (B, L) for each image."""
+        """Logits (B, C, V) of a latent (B, L) for each image, in V voxels of :meth:`base`."""
         width = self.shift.out_features
         shift, scale = self.shift(latent), self.scale(latent) + MIN_SCALE
         (weight, bias), *others = (
             (c.get_parameter("weight").flatten(1), c.get_parameter("bias")) for c in self.convolutions
         )
         # the modulation is part of the first of them: W (f + a) b = (W b) f + W (a b)
-        x = affine(base[:, :width].flatten(2), weight * scale[:, None], F.linear(shift * scale, weight, bias))
+        x = affine(base[:, :width], weight * scale[:, None], F.linear(shift * scale, weight, bias))
         for weight, bias in others:
             x = affine(F.leaky_relu_(x, 0.01), weight.expand(len(x), -1, -1), bias.expand(len(x), -1))
-        logits = x.unflatten(2, base.shape[2:])
-        return logits if base.shape[1] == width else logits + base[:, width:]
+        return x if base.shape[1] == width else x + base[:, width:]
 
     @torch.no_grad()
     def decode_image(self, features: Tensor, expert: int, noise: Tensor) -> Tensor:
         """Logits (C, *D), float32, of an expert and standard normal noise (L,), for features of a whole image."""
         device = self.expert_mean.device
         latent = self.expert_mean[expert] + self.expert_log_deviation[expert].exp() * noise.to(device)
-        flat = features.flatten(1)
-        ones = (1,) * (self.topology.dim - 1)  # not the features': a 2D network may sample a stack of slices
         with full_precision(device):
             pieces = [
-                self.decode(piece.to(device, torch.float32).view(1, len(flat), -1, *ones), latent[None])[0].flatten(1)
-                for piece in flat.split(DRAW_CHUNK, 1)
+                self.decode(piece[None].to(device, torch.float32), latent[None])[0]
+                for piece in features.flatten(1).split(DRAW_CHUNK, 1)
             ]
         return torch.cat([piece.to(features.device) for piece in pieces], 1).view(-1, *features.shape[1:])
 

@@ -9,7 +9,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch.nn import functional as F
 
-from nnunet_multimodal.heads import transport_cost
+from nnunet_multimodal.heads import mose, transport_cost
 from nnunet_multimodal.heads.base import RaterLabels, Step
 from nnunet_multimodal.heads.mixture import mixture_logits
 from nnunet_multimodal.heads.mose import annealed_limit, standard_points
@@ -250,7 +250,7 @@ def test_a_sample_is_the_papers_modulation():
     assert len(hidden) == 3
     for convolution in hidden:
         expected = F.leaky_relu(convolution(expected), 0.01)
-    torch.testing.assert_close(head.decode(features, z), last(expected))
+    torch.testing.assert_close(head.decode(features.flatten(2), z), last(expected).flatten(2))
 
 
 def test_the_gate_is_fair_at_first_and_learns_to_tell_normalised_images_apart():
@@ -280,7 +280,25 @@ def test_without_modulation_experts_begin_as_one_segmentation_layer():
         net.head.shift.bias.zero_()
         assert net.head.scale.bias.eq(1).all()
         expected = net.head.convolutions[-1](features)
-        torch.testing.assert_close(net.head.decode(features, torch.randn(1, 2)), expected, rtol=1e-4, atol=1e-4)
+        decoded = net.head.decode(features.flatten(2), torch.randn(1, 2))
+        torch.testing.assert_close(decoded, expected.flatten(2), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_in_pieces_are_those_at_once_with_the_same_gradients(monkeypatch):
+    net = network(num_experts=2, samples_per_expert=2).train()
+    features, bottleneck = torch.randn(2, 4, 6, 7), torch.randn(2, 8, 3, 3)
+
+    def run(chunk):
+        monkeypatch.setitem(mose.CHUNK, "cpu", chunk)
+        torch.manual_seed(0)
+        finest = features.clone().requires_grad_()
+        samples = net.head([finest], bottleneck).samples
+        net.zero_grad()
+        samples.square().mean().backward()
+        return samples, finest.grad, *(p.grad.clone() for p in net.head.parameters() if p.grad is not None)
+
+    for whole, pieces in zip(run(2**20), run(2 * 4 * 5), strict=True):  # 5 of 42 voxels at once
+        torch.testing.assert_close(pieces, whole)
 
 
 def test_experts_are_drawn_around_their_means_and_share_their_weight():
