@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
                 channels=tuple(args.channels),
                 labels=tuple(args.labels),
                 derivatives=args.derivatives,
+                incomplete=args.incomplete,
             )
         )
         if args.resample not in (None, LABELS_GRID, *source.channels):

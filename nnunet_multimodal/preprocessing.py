@@ -29,13 +29,12 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import check_finite, check_labels, geometry_difference, read_images, read_seg
-from nnunet_multimodal.raters.preprocessing import forget_raters, save_raters
+from nnunet_multimodal.raters.preprocessing import save_raters
 
 # nnU-Net's readers and writers keep it (but for BMP): above 255 they write uint16, and float32 holds it exactly.
 PLACEHOLDER = 65521
@@ -106,16 +105,7 @@ def preprocess_present(
 
 
 class MultimodalPreprocessor(DefaultPreprocessor):
-    """nnU-Net's preprocessor; placeholders become all-NaN channels, and several raters are kept beside the data."""
-
-    def run(
-        self, dataset_name_or_id: int | str, configuration_name: str, plans_identifier: str, num_processes: int
-    ) -> None:
-        """nnU-Net's, which replaces what was preprocessed before."""
-        preprocessed = Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
-        plans = PlansManager(str(preprocessed / f"{plans_identifier}.json"))
-        forget_raters(preprocessed / plans.get_configuration(configuration_name).data_identifier)
-        super().run(dataset_name_or_id, configuration_name, plans_identifier, num_processes)
+    """nnU-Net's preprocessor; placeholders become all-NaN channels, and several raters are kept with the data."""
 
     def run_case_save(
         self,
@@ -129,11 +119,12 @@ class MultimodalPreprocessor(DefaultPreprocessor):
         """nnU-Net's, and the case's raters.
 
         Raises:
-            UserError: raters of other cases and none of this one, or on another grid.
+            UserError: raters of other cases and none of this one, or damaged ones, on another grid or with labels that
+                are not declared.
         """
         what = plans_manager, configuration_manager, dataset_json
         super().run_case_save(output_filename_truncated, image_files, seg_file, *what)
-        save_raters(output_filename_truncated, seg_file, *what)
+        save_raters(output_filename_truncated, image_files[0], seg_file, *what)
 
     def run_case_npy(
         self, data: np.ndarray, seg: np.ndarray | None, properties: Properties, *plan: Any, **named_plan: Any

@@ -159,17 +159,24 @@ class MultimodalTrainer(nnUNetTrainer):
         return keep_foreground(transforms) if HEADS[cls.head].NEEDS_FOREGROUND else transforms
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
-        """nnU-Net's, the training cases with their raters if there are any and somebody asks for them."""
+        """nnU-Net's, the training cases with their raters if there are any and somebody asks for them.
+
+        Raises:
+            UserError: raters are not preprocessed, or the raw ones have changed since.
+        """
         training, validation = super().get_tr_and_val_datasets()
+        if not HEADS[self.head].FITS_RATERS and self.rater_policy.policy == CONSENSUS:
+            return training, validation
         folder = raters_folder(self.preprocessed_dataset_folder)
-        asked = HEADS[self.head].FITS_RATERS or self.rater_policy.policy != CONSENSUS
-        if asked and not folder.is_dir():
-            raw = Path(nnUNet_raw or "") / self.plans_manager.dataset_name
+        raw = Path(nnUNet_raw or "") / self.plans_manager.dataset_name
+        if folder.is_dir():
+            training = self.raters = RaterDataset(training, folder)
+            self.raters.refuse_changed(raw, self.dataset_json["file_ending"])
+            self.print_to_log_file(f"Raters of {self.raters.count()}, policy {self.rater_policy.policy!r}: {folder}")
+        else:
             stated = "raters" in self.configuration_manager.configuration.get(OPTIONS_KEY, {})
             RaterDataset.refuse_without(raw, folder, stated)
-        elif asked:
-            training = self.raters = RaterDataset(training, folder)
-            self.print_to_log_file(f"Raters of every case, policy {self.rater_policy.policy!r}: {folder}")
+            self.print_to_log_file("No raters, training on one annotation of each case, that in labelsTr")
         return training, validation
 
     @classmethod
@@ -284,9 +291,8 @@ class MultimodalTrainer(nnUNetTrainer):
         own, raters = split_targets(batch["target"], self.raters.num_raters, self.label_manager.has_regions)
         weights = torch.stack([self.raters.weights[key] for key in batch["keys"]])
         raters = [labels.to(self.device, non_blocking=True) for labels in raters]
-        weights = weights.to(self.device)
         if HEADS[self.head].FITS_RATERS:
-            self.loss.step.raters = RaterLabels(raters[0], weights)
+            self.loss.step.raters = RaterLabels(raters[0], weights.to(self.device, non_blocking=True))
         return {**batch, "target": self.rater_policy(own, raters, weights)}
 
     def _build_loss(self) -> nn.Module:

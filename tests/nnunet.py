@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
@@ -12,8 +13,10 @@ from unittest import mock
 import numpy as np
 import SimpleITK
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_multimodal import cli
+from nnunet_multimodal.raters.preprocessing import save_raters
 
 DATASET = "Dataset900_Tiny"
 PLANS = "nnUNetTinyPlans"
@@ -24,6 +27,8 @@ LABELS = {
     "regions_ignore": {"background": 0, "whole": [1, 2], "lesion": 2, "ignore": 3},
 }
 CHANNELS = ("T1", "T2", "PET")
+RATERS = {0: "ABC", 1: "AB", 2: "B", 3: "ABC", 4: "AC"}
+SHIFT = {"A": 0, "B": 1, "C": -1}
 
 
 # nnU-Net's workers are spawned and import torch anew, which takes longer than their work here. These are forked from a
@@ -77,13 +82,16 @@ class NnUNet:
         )
 
     def __call__(self, command: str, *args: object, **environment: str) -> None:
-        """``nnunet("nnUNetv2_train", 900, "2d", 0)``: what the console script of that name does."""
+        """``nnunet("nnUNetv2_train", 900, "2d", 0)``: what the console script of that name does, nnU-Net's or ours."""
         (script,) = entry_points(group="console_scripts", name=command)
         argv = [command, *map(str, args)]
         threads = torch.get_num_threads()
         quickly = mock.patch.object(multiprocessing, "get_context", _forked_workers)
         with self.environment(**environment), mock.patch.object(sys, "argv", argv), quickly:
-            script.load()()
+            if command == "nnunet-multimodal":
+                assert cli.main(argv[1:]) == 0
+            else:
+                script.load()()
         torch.set_num_threads(threads)
 
     def train(self, trainer: str, configuration: str = "3d_fullres", fold: object = 0, *more: object) -> Path:
@@ -187,6 +195,41 @@ def _write_case(folder: Path, case: str, rng: np.random.Generator, channels: int
         image = SimpleITK.GetImageFromArray(array)
         image.SetSpacing((1.0, 1.1, 1.5))
         SimpleITK.WriteImage(image, str(folder / f"{name}.nii.gz"))
+
+
+def write_raters(nnunet: NnUNet, ignore: bool) -> Path:
+    """The folder of a raw dataset's raters: each draws the same, moved; their ignore label lies elsewhere."""
+    folder = nnunet.raw / DATASET / "ratersTr"
+    folder.mkdir()
+    for case, names in RATERS.items():
+        image = SimpleITK.ReadImage(str(nnunet.raw / DATASET / "labelsTr" / f"case_{case}.nii.gz"))
+        labels = SimpleITK.GetArrayFromImage(image)
+        for name in names:
+            own = np.roll(np.where(labels == 3, 0, labels), SHIFT[name], 1)
+            if ignore:
+                own[..., -2:] = 3
+            rater = SimpleITK.GetImageFromArray(own)
+            rater.CopyInformation(image)
+            SimpleITK.WriteImage(rater, str(folder / f"case_{case}__{name}.nii.gz"))
+    (folder / "raters.csv").write_text("case,rater,weight\ncase_0,A,2\ncase_0,C,0\n")
+    return folder
+
+
+def with_raters(nnunet: NnUNet, root: Path, ignore: bool) -> NnUNet:
+    """A copy of a preprocessed dataset, with raters as ``MultimodalPreprocessor`` keeps them."""
+    for folder in (nnunet.raw, nnunet.preprocessed):
+        shutil.copytree(folder, root / folder.name)
+    made = NnUNet(root)
+    write_raters(made, ignore)
+    raw, plans = made.raw / DATASET, PlansManager(made.plans())
+    description = json.loads((raw / "dataset.json").read_text())
+    for name in ("2d", "3d_fullres", "3d_lowres"):
+        configuration = plans.get_configuration(name)
+        data = made.preprocessed / DATASET / configuration.data_identifier
+        for case in (f"case_{number}" for number in RATERS):
+            image, label = raw / "imagesTr" / f"{case}_0000.nii.gz", raw / "labelsTr" / f"{case}.nii.gz"
+            save_raters(str(data / case), str(image), str(label), plans, configuration, description)
+    return made
 
 
 def _with_cascade(plans: dict) -> dict:

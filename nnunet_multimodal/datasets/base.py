@@ -109,6 +109,7 @@ class Request:
         channels: ``NAME`` or ``NAME=TEXT`` each.
         labels: ``NAME=VALUE`` or ``NAME=VALUE+VALUE`` each.
         derivatives: a BIDS tree's folder of label maps.
+        incomplete: what becomes of cases that lack something: keep, drop or error; None if the user does not say.
     """
 
     path: Path
@@ -120,6 +121,7 @@ class Request:
     channels: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     derivatives: str | None = None
+    incomplete: str | None = None
 
 
 def list_files(folder: Path) -> list[Path]:

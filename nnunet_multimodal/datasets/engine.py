@@ -80,7 +80,7 @@ def select_cases(source: Source, incomplete: str) -> tuple[list[SourceCase], dic
         if not fatal and (not lacks or incomplete == KEEP):
             kept.append(case)
         elif incomplete == DROP:
-            dropped[case.name] = f"lacks {', '.join([*missing, *unlabelled])}"
+            dropped[case.name] = "; ".join([f"lacks {', '.join([*missing, *unlabelled])}", *case.remarks])
         elif fatal:
             problems.append(f"{case.name} lacks {', '.join(fatal)}; --incomplete drop leaves such cases out")
         else:

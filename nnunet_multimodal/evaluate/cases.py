@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.errors import UserError, refuse
 from nnunet_multimodal.images import check_labels, geometry_difference, read_json, read_seg
 from nnunet_multimodal.metrics.case import CaseArrays, CaseMeasures, measure_case
 from nnunet_multimodal.metrics.distribution import Label
 from nnunet_multimodal.parallel import in_parallel
-from nnunet_multimodal.raters.files import find_raters
+from nnunet_multimodal.raters.consensus import majority
+from nnunet_multimodal.raters.files import SEPARATOR, find_raters
 
-CASE, SAMPLES, ECE = "case", "samples", "ECE"  # what may be left out
+CASE, SAMPLES, ECE, RATERS = "case", "samples", "ECE", "raters"  # what may be left out
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Settings:
         ending: of the files.
         reader: nnU-Net's, as the plans name it.
         tolerance_mm: of the normalised surface distance.
+        declared: the labels of ``dataset.json``.
+        regions_class_order: of ``dataset.json``.
+        first: numbers of samples that are scored as well, from the first one on.
     """
 
     labels: tuple[Label, ...]
@@ -45,14 +50,20 @@ class Settings:
     ending: str
     reader: type[BaseReaderWriter]
     tolerance_mm: float
+    declared: Mapping[str, Any]
+    regions_class_order: tuple[int, ...] | None
+    first: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """Where a case lies. Without raters the reference is the only one; `quantities` may hold the samples' weights."""
+    """Where a case lies. Without raters the reference is the only one; `quantities` may hold the samples' weights.
+
+    Without a reference it is the raters' majority.
+    """
 
     case: str
-    reference: Path
+    reference: Path | None
     prediction: Path
     samples: tuple[Path, ...] = ()
     raters: tuple[Path, ...] = ()
@@ -92,7 +103,7 @@ class LabelMap:
     properties: Mapping[str, Any]
 
 
-def read_settings(dataset_json: Path, plans_json: Path, tolerance_mm: float) -> Settings:
+def read_settings(dataset_json: Path, plans_json: Path, tolerance_mm: float, first: Sequence[int] = ()) -> Settings:
     """What the dataset and its plans say about labels and files."""
     for file, flag in ((dataset_json, "-djfile"), (plans_json, "-pfile")):
         if not file.is_file():
@@ -111,19 +122,29 @@ def read_settings(dataset_json: Path, plans_json: Path, tolerance_mm: float) -> 
         ending=dataset["file_ending"],
         reader=plans.image_reader_writer_class,
         tolerance_mm=tolerance_mm,
+        declared=dataset["labels"],
+        regions_class_order=tuple(dataset["regions_class_order"]) if manager.has_regions else None,
+        first=tuple(sorted(set(first))),
     )
 
 
 def find_cases(
     references: Path, predictions: Path, raters: Path | None, ending: str
 ) -> tuple[list[CaseFiles], list[LeftOut]]:
-    """Cases that both folders have, and what is not there."""
+    """Cases that both folders have, and what is not there; `references` may hold raters alone."""
     for folder in (references, predictions, raters):
         if folder is not None and not folder.is_dir():
             raise SystemExit(f"{folder} is not a folder")
-    there, predicted = files_by_case(references, ending), files_by_case(predictions, ending)
+    there: dict[str, Path | None] = {**files_by_case(references, ending)}
+    predicted = files_by_case(predictions, ending)
     samples = group_by_case(files_by_case(predictions / "samples", ending))
+    alone = _are_raters(there, predicted)
+    if alone:
+        if raters is not None and raters.resolve() != references.resolve():
+            raise UserError(f"{references} has no reference but raters, and --raters names others: {raters}; leave one")
+        raters = references
     drawn = {} if raters is None else find_raters(raters, ending)
+    there = dict.fromkeys(drawn) if alone else there
     left_out = [LeftOut(case, CASE, "no prediction") for case in there if case not in predicted]
     left_out += [LeftOut(case, CASE, "no reference") for case in predicted if case not in there]
     cases = []
@@ -146,6 +167,25 @@ def find_cases(
     return cases, left_out
 
 
+def refuse_too_few_samples(cases: Sequence[CaseFiles], settings: Settings, predictions: Path) -> None:
+    """Cases that have samples must have as many as the settings ask for, and one of them must have any.
+
+    Raises:
+        UserError: see above.
+    """
+    if not settings.first:
+        return
+    counts = {c.case: len(c.samples) for c in cases if c.samples and c.samples != (c.prediction,)}
+    most, folder = settings.first[-1], predictions / "samples"
+    if not counts:
+        raise UserError(f"--samples {most}: {folder} has no samples; predict with --samples {most} --save-samples")
+    refuse([
+        f"--samples {most}: {case} has {count} in {folder}; predict with --samples {most}, or ask for fewer"
+        for case, count in counts.items()
+        if count < most
+    ])  # fmt: skip
+
+
 def evaluate_case(files: CaseFiles, settings: Settings) -> CaseResult:
     """Read and measure one case.
 
@@ -153,19 +193,22 @@ def evaluate_case(files: CaseFiles, settings: Settings) -> CaseResult:
         ValueError: a file has channels, or weights or probabilities do not fit.
     """
     left_out = []
-    reference = read_label_map(files.reference, settings)
     try:
+        reference, raters = _read_reference(files, settings)
         (prediction,) = _read_like(reference, [files.prediction], settings)
     except GeometryError as error:
         return CaseResult(None, [LeftOut(files.case, CASE, "geometry differs", str(error))])
     case = CaseArrays(prediction, reference.array, [float(size) for size in reference.properties["spacing"]])
     try:
-        case = replace(case, **_read_distribution(files, reference, settings))
+        case = replace(case, **_read_distribution(files, reference, raters, settings))
     except GeometryError as error:
         left_out.append(LeftOut(files.case, f"{SAMPLES}, {ECE}", "geometry differs", str(error)))
+    left_out += _ignored(files.case, case, settings.ignore_label)
+    if left_out and left_out[-1].what == CASE:
+        return CaseResult(None, left_out)
     if len(reference.array) == 1:  # nnU-Net's first axis of 2D images
         case = _as_2d(case)
-    measures = measure_case(case, settings.labels, settings.tolerance_mm, settings.ignore_label)
+    measures = measure_case(case, settings.labels, settings.tolerance_mm, settings.ignore_label, settings.first)
     return CaseResult(measures, [*left_out, *_undefined(files.case, measures, settings)])
 
 
@@ -194,6 +237,17 @@ def read_label_map(file: Path, settings: Settings) -> LabelMap:
     return LabelMap(file, np.clip(np.rint(array[0]), 0, np.iinfo(type_).max).astype(type_), properties)
 
 
+def _read_reference(files: CaseFiles, settings: Settings) -> tuple[LabelMap, np.ndarray | None]:
+    """The reference's file; or the raters' majority, and their label maps (R, Z, Y, X)."""
+    if files.reference is not None:
+        return read_label_map(files.reference, settings), None
+    first = read_label_map(files.raters[0], settings)
+    raters = _read_like(first, files.raters, settings)
+    labels = LabelManager(dict(settings.declared), settings.regions_class_order)
+    agreed = majority(raters, np.array(files.rater_weights), labels)
+    return replace(first, array=agreed.astype(raters.dtype)), raters
+
+
 def _read_like(reference: LabelMap, files: Sequence[Path], settings: Settings) -> np.ndarray:
     """Label maps (N, Z, Y, X) on the reference's grid."""
     stack = []
@@ -209,16 +263,21 @@ def _read_like(reference: LabelMap, files: Sequence[Path], settings: Settings) -
     return np.stack(stack)
 
 
-def _read_distribution(files: CaseFiles, reference: LabelMap, settings: Settings) -> dict[str, Any]:
-    """Fields of CaseArrays: samples with their weights, raters, probabilities."""
+def _read_distribution(
+    files: CaseFiles, reference: LabelMap, raters: np.ndarray | None, settings: Settings
+) -> dict[str, Any]:
+    """Fields of CaseArrays: samples with their weights, raters (which may have been read), probabilities."""
     found: dict[str, Any] = {}
     if files.raters:
-        found["raters"] = _read_like(reference, files.raters, settings)
+        found["raters"] = _read_like(reference, files.raters, settings) if raters is None else raters
         found["rater_weights"] = files.rater_weights
+        found["rater_names"] = [
+            file.name.removesuffix(settings.ending).rpartition(SEPARATOR)[2] for file in files.raters
+        ]
     if files.samples:
         found["samples"] = _read_like(reference, files.samples, settings)
         if files.quantities is not None:
-            found["sample_weights"] = _read_weights(files.quantities, len(files.samples))
+            found["sample_weights"] = _read_weights(files.quantities, len(files.samples), settings.first)
     if files.probabilities is not None:
         with np.load(files.probabilities) as content:
             probabilities = content["probabilities"]
@@ -229,7 +288,7 @@ def _read_distribution(files: CaseFiles, reference: LabelMap, settings: Settings
     return found
 
 
-def _read_weights(file: Path, samples: int) -> list[float] | None:
+def _read_weights(file: Path, samples: int, first: Sequence[int]) -> list[float] | None:
     """The samples' weights from a case's JSON; None, equal ones, if it has none."""
     summary = json.loads(file.read_text())
     if summary.get("samples", samples) != samples:
@@ -239,7 +298,27 @@ def _read_weights(file: Path, samples: int) -> list[float] | None:
         raise ValueError(
             f"{file} has {len(weights)} sample_weights and there are {samples} samples; predict them again"
         )
+    for number in first if weights is not None else ():
+        if not sum(weights[:number]) > 0:
+            raise UserError(f"--samples {number}: the first {number} of {file} have no weight; ask for more")
     return weights
+
+
+def _ignored(case: str, arrays: CaseArrays, ignore_label: int | None) -> Iterator[LeftOut]:
+    """What is left out since the reference or a rater ignores every voxel; the case itself if nobody says anything."""
+    if ignore_label is None:
+        return
+    silent = (arrays.reference == ignore_label).all()
+    named = zip(arrays.rater_names, arrays.raters if arrays.raters is not None else (), strict=True)
+    mute = [name for name, rater in named if (rater == ignore_label).all()]
+    if silent and len(mute) == len(arrays.rater_names):
+        yield LeftOut(case, CASE, "every voxel is ignored")
+        return
+    if silent:
+        yield LeftOut(case, "Dice, HD95 and NSD", "the reference ignores every voxel")
+    if mute:
+        what = RATERS if len(mute) < len(arrays.rater_names) else f"{SAMPLES}, {ECE}"
+        yield LeftOut(case, what, "a rater ignores every voxel", ", ".join(mute))
 
 
 def _as_2d(case: CaseArrays) -> CaseArrays:
@@ -258,11 +337,13 @@ def _undefined(case: str, measures: CaseMeasures, settings: Settings) -> Iterato
     """Labels whose measures the case cannot have."""
     for label, name in zip(settings.labels, settings.names, strict=True):
         found = measures.by_label[label]
-        if not found["n_ref"] and not found["n_pred"]:
+        if np.isnan(found["n_ref"]):
+            pass  # the reference says nothing
+        elif not found["n_ref"] and not found["n_pred"]:
             yield LeftOut(case, f"Dice, HD95 and NSD of {name}", "neither in prediction nor in reference")
         elif not found["n_ref"] or not found["n_pred"]:
             yield LeftOut(case, f"HD95 of {name}", f"not in {'reference' if found['n_pred'] else 'prediction'}")
-        if np.isnan(found.get("rater_Dice_nod", 0)):
+        if np.isnan(found.get("rater_Dice_nod", 0)) and not np.isnan(found["rater_Dice"]):
             yield LeftOut(case, f"rater_Dice_nod of {name}", "no rater drew it")
 
 
@@ -282,6 +363,13 @@ def group_by_case(files: Mapping[str, Path]) -> dict[str, tuple[Path, ...]]:
         if separator:
             groups.setdefault(case, []).append((suffix, path))
     return {c: tuple(path for _, path in sorted(g, key=lambda x: (len(x[0]), x[0]))) for c, g in groups.items()}
+
+
+def _are_raters(there: Mapping[str, Any], predicted: Mapping[str, Any]) -> bool:
+    """Whether a folder's files are CASE__RATER of predicted cases, and none is a case's own."""
+    names = [stem.rpartition(SEPARATOR) for stem in there]
+    own = all(case and name for case, _, name in names) and not there.keys() & predicted.keys()
+    return own and any(case in predicted for case, _, _ in names)
 
 
 def _if_there(file: Path) -> Path | None:

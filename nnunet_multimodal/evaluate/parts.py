@@ -24,7 +24,7 @@ from nnunet_multimodal import __version__
 from nnunet_multimodal.evaluate.cases import CaseFiles, CaseResult, LeftOut, Settings
 from nnunet_multimodal.files import write_json
 from nnunet_multimodal.metrics.calibration import ReliabilityCurve
-from nnunet_multimodal.metrics.case import CaseMeasures
+from nnunet_multimodal.metrics.case import CaseMeasures, RaterMeasures
 from nnunet_multimodal.metrics.distribution import Label
 
 SUFFIX = ".parts"  # of their folder
@@ -122,6 +122,10 @@ def _to_json(result: CaseResult, labels: Sequence[Label]) -> dict[str, Any]:
         content["by_label"] = [result.measures.by_label[label] for label in labels]
         content["average"] = result.measures.average
         content["curves"] = [{name: sums.tolist() for name, sums in asdict(curve).items()} for curve in curves]
+        content["raters"] = {
+            name: {"by_label": [own.by_label[label] for label in labels], "average": own.average}
+            for name, own in result.measures.raters.items()
+        }
     return content
 
 
@@ -133,4 +137,8 @@ def _from_json(content: dict[str, Any], labels: Sequence[Label]) -> CaseResult:
     curves = [ReliabilityCurve(**{n: np.array(sums) for n, sums in curve.items()}) for curve in content["curves"]]
     by_label = dict(zip(labels, content["by_label"], strict=True))
     of_labels = dict(zip(labels, curves, strict=False))  # of every label, or none
-    return CaseResult(CaseMeasures(by_label, content["average"], of_labels), left_out)
+    raters = {
+        name: RaterMeasures(dict(zip(labels, own["by_label"], strict=True)), own["average"])
+        for name, own in content["raters"].items()
+    }
+    return CaseResult(CaseMeasures(by_label, content["average"], of_labels, raters), left_out)

@@ -35,11 +35,13 @@ HEADINGS = {
     "volume_coverage": "covered",
     "ECE": "ECE",
 }
+SHOWN_OF_FIRST = ("GED2", "M_IoU")  # of the first so many samples
 LEGEND = """
 GED²: squared energy distance to the raters; rater Dice: of the prediction, mean over the raters, nod: over those that
 drew something; raters' own: Dice of the raters with one another; within: cases where the prediction agrees with the
-raters at least as well as one of them does; better: samples with a higher Dice than the prediction; q95: 95 % quantile
-of the samples' Dice; CRPS: of the samples' volumes, in voxels; covered: raters whose volume is in the samples' 95 %"""
+raters, whoever is left out, at least as well as half of them, by weight, do with the others; better: samples with a
+higher Dice than the prediction; q95: 95 % quantile of the samples' Dice; CRPS: of the samples' volumes, in voxels;
+covered: raters whose volume is in the samples' 95 %"""
 
 
 def as_csv(results: Mapping[str, CaseMeasures], means: CaseMeasures, settings: Settings) -> str:
@@ -50,20 +52,21 @@ def as_csv(results: Mapping[str, CaseMeasures], means: CaseMeasures, settings: S
     writer.writerow(["case", "label", "values", *columns])
     for case, measures in (*results.items(), (MEAN, means)):
         rows: list[tuple[str, str, Measures]] = [
-            (name, _key(label), measures.by_label[label])
+            (name, as_key(label), measures.by_label[label])
             for name, label in zip(settings.names, settings.labels, strict=True)
         ]
         for name, values, row in (*rows, (FOREGROUND, "", measures.average)):
-            writer.writerow([case, name, values, *(_cell(row.get(column, math.nan)) for column in columns)])
+            writer.writerow([case, name, values, *(as_cell(row.get(column, math.nan)) for column in columns)])
     return file.getvalue()
 
 
 def as_json(
     results: Mapping[str, CaseMeasures],
-    files: Mapping[str, Mapping[str, str]],
+    files: Mapping[str, Mapping[str, Any]],
     means: CaseMeasures,
     counts: Mapping[Label, Mapping[str, int]],
     left_out: Iterable[LeftOut],
+    agreement: Mapping[str, Mapping[str, Any]],
     settings: Settings,
 ) -> str:
     """nnU-Net's ``summary.json`` with more in it; NaN and inf as null."""
@@ -76,8 +79,9 @@ def as_json(
         "foreground_mean": means.average,
         "cases_in_mean": _by_key(counts),
         "left_out": [asdict(entry) for entry in left_out],
-        "reliability": {_key(label): _curve(curve) for label, curve in pooled_curves(results.values()).items()},
-        "labels": dict(zip(map(_key, settings.labels), settings.names, strict=True)),
+        "agreement": agreement,
+        "reliability": {as_key(label): _curve(curve) for label, curve in pooled_curves(results.values()).items()},
+        "labels": dict(zip(map(as_key, settings.labels), settings.names, strict=True)),
         "ignore_label": settings.ignore_label,
         "tolerance_mm": settings.tolerance_mm,
     }
@@ -95,8 +99,13 @@ def pooled_curves(results: Iterable[CaseMeasures]) -> dict[Label, ReliabilityCur
 
 def format_table(means: CaseMeasures, settings: Settings) -> str:
     """Means over the cases, a line for each label and one for their mean."""
-    columns = [column for column in HEADINGS if column in means.average]
-    rows = [["", *(HEADINGS[column] for column in columns)]]
+    columns = [
+        own
+        for column in HEADINGS
+        for own in (column, *(f"{column}_{n}" for n in settings.first if column in SHOWN_OF_FIRST))
+        if own in means.average
+    ]
+    rows = [["", *(HEADINGS.get(column) or " ".join(_of_first(column)) for column in columns)]]
     rows[0][columns.index("NSD") + 1] += f" {settings.tolerance_mm:g} mm"
     named = [*zip(settings.names, means.by_label.values(), strict=True), ("mean", means.average)]
     for name, measures in named if len(named) > 2 else named[:1]:
@@ -105,6 +114,12 @@ def format_table(means: CaseMeasures, settings: Settings) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]))) for row in rows)
     return "\n".join(line.rstrip() for line in lines) + (LEGEND if "GED2" in columns else "")
+
+
+def _of_first(column: str) -> tuple[str, str]:
+    """Heading and number of GED2_16."""
+    measure, _, number = column.rpartition("_")
+    return HEADINGS[measure], number
 
 
 def format_left_out(left_out: Iterable[LeftOut]) -> str:
@@ -127,13 +142,13 @@ def count_cases(cases: Sized) -> str:
     return f"{len(cases)} case{'' if len(cases) == 1 else 's'}"
 
 
-def _key(label: Label) -> str:
-    """As nnU-Net's ``summary.json`` calls it."""
+def as_key(label: Label) -> str:
+    """A label as nnU-Net's ``summary.json`` calls it."""
     return str(label)
 
 
 def _by_key(measures: Mapping[Label, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-    return {_key(label): found for label, found in measures.items()}
+    return {as_key(label): found for label, found in measures.items()}
 
 
 def _curve(curve: ReliabilityCurve) -> dict[str, Any]:
@@ -146,7 +161,8 @@ def _curve(curve: ReliabilityCurve) -> dict[str, Any]:
     }
 
 
-def _cell(value: float) -> str:
+def as_cell(value: float) -> str:
+    """A number in a CSV; NaN is an empty cell."""
     return "" if math.isnan(value) else f"{value:.9g}"
 
 

@@ -136,6 +136,7 @@ def check_flags(args: argparse.Namespace) -> str:
         "-djfile": args.djfile,
         "-pfile": args.pfile,
         "--raters": args.raters,
+        "--samples": args.samples,
         "--chill": args.chill,
         "--merge": args.merge,
     }

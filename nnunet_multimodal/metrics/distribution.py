@@ -9,52 +9,41 @@ together by optimal transport; with as many samples as raters, all of equal weig
 Volumes: the continuous ranked probability score of the samples' voxel counts against each rater's, and how many raters
 lie in the samples' central 95 %.
 
+The prediction's agreement with the raters beside theirs with one another: leave one rater out and compare him, and the
+prediction in his place, with the others; the prediction must do at least as well as half of the raters. Both are the
+alternative annotator test's (Calderon et al., ACL 2025), here in one case and without a test. A rater whom the
+prediction repeats would speak for it, where others of his kind have no twin: with two raters who drew something and an
+empty one, an empty prediction would have the majority. So the prediction is within the raters only if it does as well
+as half of their weight whichever rater is left out.
+
 The distance of two label maps is d = 1 - IoU, averaged over the labels; 0 for a label that both lack. Expectations
 include every map's pair with itself. Dice is 1 for a label that both lack.
 
-Counting voxels is all the work. Each label becomes one bit per voxel, so 64 voxels of a pair are compared by one AND
-and one count of bits: exact, in one thread, and in little memory beyond the label maps.
+A rater may say nothing of some voxels (nnU-Net's ignore label). Then
+
+- a sample or the prediction meets a rater on the voxels of which this rater says something (M-IoU, Dice, volumes), two
+  raters meet where both do (a pair without such a voxel has no part in a mean), two samples where any rater does;
+- the energy distance is that of what is seen: every sample is looked at through each rater's voxels, with the rater's
+  weight, and a rater through his own; what is not seen belongs to no label. As a distance of two distributions it is
+  never negative, and 0 for equal ones; where all raters say something of the same voxels it is Eq. 8 on these. (Eq. 8
+  of distances that are each taken on other voxels can be far below 0.) The less raters have in common, the smaller it
+  is, as then what they see differs whatever they draw;
+- a rater who says nothing at all is left out, and without any other all measures are NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from nnunet_multimodal.metrics.overlaps import Label, count_through_masks, pairwise_iou_distance
 from nnunet_multimodal.metrics.transport import transport_plan
-
-Label = int | tuple[int, ...]
-"""A label, or a region: the union of several."""
+from nnunet_multimodal.metrics.views import Raters, Rows, listen, normalised
 
 INTERVAL = (0.025, 0.975)  # of the samples' volumes
-CHUNK = 2**16  # voxels at a time; 100 maps of this size are 0.8 MB of bits
-
-
-@dataclass(frozen=True, eq=False)
-class Overlaps:
-    """Voxel counts of label maps A and B.
-
-    Attributes:
-        intersections: (L, A, B), for each label the voxels that have it in both maps of a pair.
-        sizes_a: (L, A), the voxels that have it in each map of A.
-        sizes_b: (L, B), the same for B.
-    """
-
-    intersections: np.ndarray
-    sizes_a: np.ndarray
-    sizes_b: np.ndarray
-
-    def iou_distance(self) -> np.ndarray:
-        """1 - IoU, (L, A, B); 0 where both lack the label."""
-        union = self.sizes_a[:, :, None] + self.sizes_b[:, None] - self.intersections
-        return np.where(union > 0, 1 - self.intersections / np.maximum(union, 1), 0.0)
-
-    def dice(self) -> np.ndarray:
-        """Dice coefficient, (L, A, B); 1 where both lack the label."""
-        total = self.sizes_a[:, :, None] + self.sizes_b[:, None]
-        return np.where(total > 0, 2 * self.intersections / np.maximum(total, 1), 1.0)
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +57,11 @@ class DistributionScores:
         matched_iou: M-IoU, between 0 and 1.
         dice: Dice of the mean prediction, averaged over the raters.
         dice_nod: the same over the raters that drew something; NaN where none did.
+        rater_dice: (R,), Dice of the mean prediction with every rater.
+        rater_sample_dice: (R,), Dice of the samples with every rater, averaged over the samples.
         interrater_dice: (R,), Dice of every rater, averaged over the others; NaN for a single one.
+        others_dice: (R,), Dice of the mean prediction, averaged over the same others.
+        rater_weights: (R,), sum 1; 0 for raters who say nothing, whose Dice is NaN.
         volume_crps: mean over the raters and labels, in voxels.
         volume_coverage: weight of the raters whose volume lies in the samples' interval, mean over the labels.
         sample_dice: (S,), Dice of every sample, averaged over the raters.
@@ -81,7 +74,11 @@ class DistributionScores:
     matched_iou: float
     dice: float
     dice_nod: float
+    rater_dice: np.ndarray
+    rater_sample_dice: np.ndarray
     interrater_dice: np.ndarray
+    others_dice: np.ndarray
+    rater_weights: np.ndarray
     volume_crps: float
     volume_coverage: float
     sample_dice: np.ndarray
@@ -90,14 +87,35 @@ class DistributionScores:
     @property
     def fraction_better(self) -> float:
         """Weight of the samples whose Dice is higher than the mean prediction's."""
-        return float(self.sample_weights[self.sample_dice > self.dice + 1e-9].sum())  # equal ones differ by rounding
+        if np.isnan(self.dice):
+            return np.nan
+        return float(self.sample_weights[self.sample_dice > self.dice + ROUNDING].sum())  # equal ones differ by that
+
+    @property
+    def mean_interrater_dice(self) -> float:
+        """Dice of the raters with one another, averaged over the raters; NaN for a single one."""
+        known = np.isfinite(self.interrater_dice)
+        total = self.rater_weights[known].sum()
+        return float(self.interrater_dice[known] @ self.rater_weights[known] / total) if total > 0 else np.nan
+
+    @property
+    def advantage(self) -> np.ndarray:
+        """(R,), 1 where the prediction agrees with the others at least as well as this rater does, else 0, or NaN."""
+        return np.where(
+            np.isnan(self.interrater_dice), np.nan, self.others_dice >= self.interrater_dice - ROUNDING
+        ).astype(float)
 
     @property
     def within_raters(self) -> float:
-        """1 if the prediction agrees with the raters at least as well as the one who agrees least with the others."""
-        if np.isnan(self.interrater_dice).all():
+        """1 if, whichever rater is left out, the prediction does as well with the others as half of the raters do."""
+        known, v = np.isfinite(self.interrater_dice), self.rater_weights
+        total = v[known].sum()
+        if not total > 0:
             return np.nan
-        return float(self.dice >= np.nanmin(self.interrater_dice) - 1e-9)
+        left = v[known] < 1
+        least = np.min((self.dice - v[known] * self.rater_dice[known])[left] / (1 - v[known])[left], initial=np.inf)
+        reached = known & (least >= self.interrater_dice - ROUNDING)
+        return float(v[reached].sum() >= total / 2 - ROUNDING)
 
     def sample_dice_quantile(self, quantile: float) -> float:
         """The Dice that this fraction of the samples' weight reaches at most; always that of one of them."""
@@ -108,11 +126,13 @@ class DistributionScores:
 class CaseDistribution:
     """The scores of one case, of every label alone (`by_label`) and averaged over the labels (`average`).
 
-    In the average a sample's Dice is that of its labels' mean, as in the paper's Fig. 5.
+    In the average a sample's Dice is that of its labels' mean, as in the paper's Fig. 5. `first` has the scores of the
+    first samples alone, by their number.
     """
 
     average: DistributionScores
     by_label: Mapping[Label, DistributionScores]
+    first: Mapping[int, CaseDistribution] = field(default_factory=dict)
 
 
 def score_distribution(
@@ -123,6 +143,7 @@ def score_distribution(
     sample_weights: Sequence[float] | np.ndarray | None = None,
     rater_weights: Sequence[float] | np.ndarray | None = None,
     valid: np.ndarray | None = None,
+    first: Sequence[int] = (),
 ) -> CaseDistribution:
     """All measures of this module for one case, from one count of all pairs.
 
@@ -133,19 +154,34 @@ def score_distribution(
         labels: foreground labels or regions.
         sample_weights: (S,); equal if not given. Only their ratios matter.
         rater_weights: (R,); equal if not given. Only their ratios matter.
-        valid: bool (\\*D), voxels that count; all if not given. See `valid_voxels`.
+        valid: bool (\\*D), voxels that count, or (R, \\*D), those of which each rater says something; all if not given.
+        first: numbers of samples of which, from the first one on, there are scores as well.
 
     Raises:
-        ValueError: shapes, types or weights do not fit.
+        ValueError: shapes, types, weights or numbers do not fit.
     """
-    w, v = _both_weights(samples, raters, sample_weights, rater_weights)
-    overlaps = _count([samples, raters, prediction[None]], None, labels, valid)
-    distance, dice = overlaps.iou_distance(), overlaps.dice()
-    sizes = overlaps.sizes_a[:, :-1]  # (L, S + R)
-    scores = {
-        label: _score(distance[i : i + 1], dice[i : i + 1], sizes[i : i + 1], w, v) for i, label in enumerate(labels)
-    }
-    return CaseDistribution(_score(distance, dice, sizes, w, v), scores)
+    w, there = normalised(sample_weights, len(samples), "sample_weights"), listen(raters, rater_weights, labels, valid)
+    for number in first:
+        if not 0 < number <= len(samples):
+            raise ValueError(f"first is {number}; there are {len(samples)} samples")
+    if len(there.maps):
+        overlaps = count_through_masks([samples, there.maps, prediction[None]], labels, there.masks)
+        distance, dice, sizes = overlaps.iou_distance(), overlaps.dice(), overlaps.sizes_a
+        rows = Rows.of(len(samples), there, predictions=1)
+
+    def score(number: int) -> CaseDistribution:
+        own = w if number == len(w) else normalised(w[:number], number, "sample_weights")
+        if not len(there.maps):
+            nothing = _nothing(own, len(raters))
+            return CaseDistribution(nothing, dict.fromkeys(labels, nothing))
+        few = rows.first(number)
+        by_label = {
+            label: _score(distance[i : i + 1], dice[i : i + 1], sizes[i : i + 1], few, there, own)
+            for i, label in enumerate(labels)
+        }
+        return CaseDistribution(_score(distance, dice, sizes, few, there, own), by_label)
+
+    return replace(score(len(samples)), first={number: score(number) for number in first})
 
 
 def generalized_energy_distance(
@@ -157,8 +193,11 @@ def generalized_energy_distance(
     valid: np.ndarray | None = None,
 ) -> float:
     """D_GED^2 of samples (S, \\*D) and raters (R, \\*D), Eq. 8; arguments as in `score_distribution`."""
-    w, v = _both_weights(samples, raters, sample_weights, rater_weights)
-    return _energy_distance(_count([samples, raters], None, labels, valid).iou_distance().mean(0), w, v)
+    w, there = normalised(sample_weights, len(samples), "sample_weights"), listen(raters, rater_weights, labels, valid)
+    if not len(there.maps):
+        return np.nan
+    distance = count_through_masks([samples, there.maps], labels, there.masks).iou_distance().mean(0)
+    return _energy_distance(distance, Rows.of(len(samples), there, predictions=0), w, there.weights)
 
 
 def matched_iou(
@@ -170,8 +209,14 @@ def matched_iou(
     valid: np.ndarray | None = None,
 ) -> float:
     """M-IoU of samples (S, \\*D) and raters (R, \\*D); arguments as in `score_distribution`."""
-    w, v = _both_weights(samples, raters, sample_weights, rater_weights)
-    return _matched_iou(pairwise_iou_distance(samples, raters, labels, valid), w, v)
+    w, there = normalised(sample_weights, len(samples), "sample_weights"), listen(raters, rater_weights, labels, valid)
+    if not len(there.maps):
+        return np.nan
+    distance = np.empty((len(samples), len(there.maps)))
+    for number in np.unique(there.own):
+        theirs, mask = there.own == number, None if there.masks is None else there.masks[number]
+        distance[:, theirs] = pairwise_iou_distance(samples, there.maps[theirs], labels, mask)
+    return _matched_iou(distance, w, there.weights)
 
 
 def continuous_ranked_probability_score(samples: np.ndarray, weights: np.ndarray, observed: float) -> float:
@@ -187,24 +232,8 @@ def sample_diversity(
     valid: np.ndarray | None = None,
 ) -> float:
     """Expected distance of two samples of (S, \\*D), pairs with themselves included."""
-    w = _weights(sample_weights, len(samples), "sample_weights")
+    w = normalised(sample_weights, len(samples), "sample_weights")
     return float(w @ pairwise_iou_distance(samples, samples, labels, valid) @ w)
-
-
-def pairwise_iou_distance(
-    a: np.ndarray, b: np.ndarray, labels: Sequence[Label], valid: np.ndarray | None = None
-) -> np.ndarray:
-    """1 - IoU, averaged over the labels, of all pairs of label maps (A, \\*D) and (B, \\*D): (A, B)."""
-    return count_overlaps(a, b, labels, valid).iou_distance().mean(0)
-
-
-def count_overlaps(a: np.ndarray, b: np.ndarray, labels: Sequence[Label], valid: np.ndarray | None = None) -> Overlaps:
-    """Voxel counts of all pairs of label maps (A, \\*D) and (B, \\*D), of which those with valid (\\*D) count.
-
-    Raises:
-        ValueError: shapes or types do not fit.
-    """
-    return _count([a], None if a is b else [b], labels, valid)
 
 
 def valid_voxels(raters: np.ndarray, ignore_label: int | None) -> np.ndarray | None:
@@ -228,34 +257,64 @@ def weighted_quantile(values: np.ndarray, weights: np.ndarray, quantile: float) 
 
 
 def _score(
-    distance: np.ndarray, dice: np.ndarray, sizes: np.ndarray, w: np.ndarray, v: np.ndarray
+    distance: np.ndarray, dice: np.ndarray, sizes: np.ndarray, rows: Rows, raters: Raters, w: np.ndarray
 ) -> DistributionScores:
-    """Distances and Dice (L, K, K) of samples, raters and the mean prediction, in this order; voxels (L, S + R)."""
-    distance = distance.mean(0)
-    s, r = slice(0, len(w)), slice(len(w), -1)
-    drawn, volumes, theirs = sizes[:, len(w) :] > 0, sizes[:, : len(w)].astype(float), sizes[:, len(w) :].astype(float)
-    interval = [[weighted_quantile(own, w, q) for own in volumes] for q in INTERVAL]
-    covered = (theirs >= np.array(interval[0])[:, None]) & (theirs <= np.array(interval[1])[:, None])  # (L, R)
+    """From distances and Dice (L, KN, KN) and voxels (L, KN)."""
+    distance, v, own = distance.mean(0), raters.weights, rows.own
+    volumes, theirs = sizes[:, rows.samples].astype(float), sizes[:, own].astype(float)  # (L, S, R), (L, R)
+    low, high = (np.array([[weighted_quantile(x, w, q) for x in label.T] for label in volumes]) for q in INTERVAL)
     crps = [
-        [continuous_ranked_probability_score(own, w, y) for y in row] for own, row in zip(volumes, theirs, strict=True)
+        [continuous_ranked_probability_score(x, w, y) for x, y in zip(label.T, row, strict=True)]
+        for label, row in zip(volumes, theirs, strict=True)
     ]
-    between = dice[:, r, r].mean(0)  # (R, R)
-    alone = len(v) < 2
+    predicted = np.ascontiguousarray(dice[:, rows.prediction, own])  # (L, R)
+    sampled = dice[:, rows.samples, own].mean(0)  # (S, R)
+    drawn = theirs > 0
     with np.errstate(invalid="ignore"):  # 0 / 0: no rater drew the label
-        nod = (dice[:, -1, r] * drawn) @ v / (drawn @ v)  # (L,)
+        nod = (predicted * drawn) @ v / (drawn @ v)  # (L,)
+    others = v * raters.common * ~np.eye(len(v), dtype=bool)  # (R, R)
+    with np.errstate(invalid="ignore"):  # 0 / 0: there is no other one
+        others = others / others.sum(1, keepdims=True)
+    between = dice[:, rows.cross, rows.cross.T].mean(0)  # (R, R)
+
+    def of_all(values: np.ndarray) -> np.ndarray:
+        """Of the raters who say nothing as well."""
+        every = np.full(len(raters.says), np.nan)
+        every[raters.says] = values
+        return every
+
     return DistributionScores(
-        generalized_energy_distance=_energy_distance(distance[:-1, :-1], w, v),
-        sample_diversity=float(w @ distance[s, s] @ w),
-        rater_diversity=float(v @ distance[r, r] @ v),
-        matched_iou=_matched_iou(distance[s, r], w, v),
-        dice=float(dice[:, -1, r].mean(0) @ v),
-        interrater_dice=np.full(1, np.nan) if alone else (between.sum(1) - np.diag(between)) / (len(v) - 1),
-        volume_crps=float((np.array(crps) @ v).mean()),
-        volume_coverage=float((covered @ v).mean()),
+        generalized_energy_distance=_energy_distance(distance, rows, w, v),
+        sample_diversity=float(w @ distance[np.ix_(rows.together, rows.together)] @ w),
+        rater_diversity=_mean_of_pairs(distance[rows.cross, rows.cross.T], v, raters.common),
+        matched_iou=_matched_iou(distance[rows.samples, own], w, v),
+        dice=float(predicted.mean(0) @ v),
         dice_nod=float(np.mean(nod[np.isfinite(nod)])) if np.isfinite(nod).any() else np.nan,
-        sample_dice=dice[:, s, r].mean(0) @ v,
+        rater_dice=of_all(predicted.mean(0)),
+        rater_sample_dice=of_all(w @ sampled),
+        interrater_dice=of_all((others * between).sum(1)),
+        others_dice=of_all(others @ predicted.mean(0)),
+        rater_weights=np.nan_to_num(of_all(v)),
+        volume_crps=float((np.array(crps) @ v).mean()),
+        volume_coverage=float((((theirs >= low) & (theirs <= high)) @ v).mean()),
+        sample_dice=sampled @ v,
         sample_weights=w,
     )
+
+
+def _nothing(w: np.ndarray, raters: int) -> DistributionScores:
+    """No rater says anything."""
+    own, sampled = np.full(raters, np.nan), np.full(len(w), np.nan)
+    nan = float("nan")
+    return DistributionScores(nan, nan, nan, nan, nan, nan, own, own, own, own, np.zeros(raters), nan, nan, sampled, w)
+
+
+def _mean_of_pairs(distance: np.ndarray, v: np.ndarray, common: np.ndarray) -> float:
+    """Expectation of distances (R, R) over the pairs that have a voxel in common."""
+    if common.all():
+        return float(v @ distance @ v)
+    weights = np.outer(v, v) * common
+    return float((weights * distance).sum() / weights.sum())
 
 
 def _matched_iou(distance: np.ndarray, w: np.ndarray, v: np.ndarray) -> float:
@@ -264,111 +323,8 @@ def _matched_iou(distance: np.ndarray, w: np.ndarray, v: np.ndarray) -> float:
     return 1 - float((plan * distance).sum())
 
 
-def _energy_distance(distance: np.ndarray, w: np.ndarray, v: np.ndarray) -> float:
-    """From the distances (S + R, S + R) of samples and raters together."""
-    u = np.concatenate((w, -v))  # expanding - u' d u gives the three terms of Eq. 8
-    return float(-u @ distance @ u)
-
-
-def _count(
-    rows: Sequence[np.ndarray], columns: Sequence[np.ndarray] | None, labels: Sequence[Label], valid: np.ndarray | None
-) -> Overlaps:
-    """Overlaps of stacks of label maps, of the rows with themselves if there are no columns."""
-    _check([*rows, *(columns or ())], labels, valid)
-    rows = [stack.reshape(len(stack), -1) for stack in rows]
-    columns = None if columns is None else [stack.reshape(len(stack), -1) for stack in columns]
-    valid = None if valid is None else valid.reshape(-1)
-    num_rows = sum(map(len, rows))
-    num_columns = num_rows if columns is None else sum(map(len, columns))
-    intersections = np.zeros((len(labels), num_rows, num_columns), dtype=np.int64)
-    sizes_a, sizes_b = (np.zeros((len(labels), n), dtype=np.int64) for n in (num_rows, num_columns))
-    for start in range(0, rows[0].shape[1], CHUNK):
-        chunk = slice(start, start + CHUNK)
-        for i, label in enumerate(labels):
-            left = _bits(rows, chunk, label, valid)
-            right = left if columns is None else _bits(columns, chunk, label, valid)
-            intersections[i] += _common_bits(left, right)
-            sizes_a[i] += _count_bits(left)
-            sizes_b[i] += _count_bits(right)
-    return Overlaps(intersections, sizes_a, sizes_b)
-
-
-def _bits(stacks: Sequence[np.ndarray], chunk: slice, label: Label, valid: np.ndarray | None) -> np.ndarray:
-    """One bit per voxel of a chunk, set where the map has the label: (maps, words) uint64."""
-    packed = []
-    for stack in stacks:
-        values = stack[:, chunk]
-        first, *others = label if isinstance(label, tuple) else (label,)
-        inside = values == first
-        for other in others:
-            inside |= values == other
-        if valid is not None:
-            inside &= valid[chunk]
-        packed.append(np.packbits(inside, axis=1))
-    bits = np.concatenate(packed)
-    words = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8)))
-    return np.ascontiguousarray(words).view(np.uint64)  # the maps may lie in memory in any order
-
-
-def _common_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Bits set in both, (A, B), of (A, words) and (B, words); half the work where both are the same array."""
-    same = left is right
-    used = (np.bitwise_or.reduce(left) & np.bitwise_or.reduce(right)) != 0  # most of an image has no lesion
-    left, right = left.compress(used, axis=1), right.compress(used, axis=1)
-    counts = np.zeros((len(left), len(right)), dtype=np.int64)
-    for i, bits in enumerate(left):
-        first = i if same else 0
-        counts[i, first:] = _count_bits(bits & right[first:])
-    return np.maximum(counts, counts.T) if same else counts
-
-
-def _count_bits(words: np.ndarray) -> np.ndarray:
-    """Set bits of each row."""
-    return _bit_count(words).sum(1, dtype=np.int64)
-
-
-def _bit_count_by_table(words: np.ndarray) -> np.ndarray:
-    """numpy.bitwise_count for NumPy 1, four numbers per word."""
-    return _BITS_OF_16[words.view(np.uint16)]
-
-
-_BITS_OF_16 = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(
-    1, dtype=np.uint8
-)
-_bit_count = getattr(np, "bitwise_count", _bit_count_by_table)
-
-
-def _weights(weights: Sequence[float] | np.ndarray | None, count: int, name: str) -> np.ndarray:
-    """Weights of sum 1, float64."""
-    if weights is None:
-        return np.full(count, 1 / count)
-    array = np.asarray(weights, dtype=np.float64)
-    if array.shape != (count,) or not (array >= 0).all() or not 0 < array.sum() < np.inf:
-        raise ValueError(f"{name} is {weights}; give {count} numbers >= 0 of which one is positive")
-    return array / array.sum()
-
-
-def _both_weights(
-    samples: np.ndarray,
-    raters: np.ndarray,
-    sample_weights: Sequence[float] | np.ndarray | None,
-    rater_weights: Sequence[float] | np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    return (
-        _weights(sample_weights, len(samples), "sample_weights"),
-        _weights(rater_weights, len(raters), "rater_weights"),
-    )
-
-
-def _check(stacks: Sequence[np.ndarray], labels: Sequence[Label], valid: np.ndarray | None) -> None:
-    shape = stacks[0].shape[1:]
-    for stack in stacks:
-        if stack.dtype.kind not in "iub":
-            raise ValueError(f"label maps have type {stack.dtype}; round them and give integers")
-        if not len(stack) or stack.shape[1:] != shape or not shape:
-            shapes = ", ".join(str(s.shape) for s in stacks)
-            raise ValueError(f"label maps have shapes {shapes}; give (N, *D) with N > 0 and one grid *D for all")
-    if not labels or () in labels:
-        raise ValueError(f"labels is {labels}; give at least one label or region, none of them empty")
-    if valid is not None and (valid.shape != shape or valid.dtype != bool):
-        raise ValueError(f"valid is {valid.dtype} {valid.shape}; give bool {shape}")
+def _energy_distance(distance: np.ndarray, rows: Rows, w: np.ndarray, v: np.ndarray) -> float:
+    """From the distances (KN, KN) of all that was counted."""
+    among = np.concatenate((rows.seen.ravel(), rows.own))
+    u = np.concatenate((np.outer(rows.seen_weights, w).ravel(), -v))
+    return float(-u @ distance[np.ix_(among, among)] @ u)  # this product has the three terms of Eq. 8

@@ -6,5 +6,6 @@ A raw dataset is nnU-Net's, with the consensus in ``labelsTr`` and the raters be
     ratersTr/CASE__RATER.nii.gz      any number for each case, also one
     ratersTr/raters.csv              optional: case, rater, weight
 
-Preprocessed, they lie in a folder beside the data's, so that stock trainers find what they expect.
+Preprocessed, they lie in ``raters`` in the data's folder, where stock trainers do not look, and with which they go when
+it is made anew.
 """

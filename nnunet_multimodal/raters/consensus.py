@@ -1,8 +1,8 @@
 """Make labelsTr from several raters: a majority vote, STAPLE, or one of them by name.
 
 Reads nnUNet_raw/DATASET/ratersTr/CASE__RATER (and raters.csv: case,rater,weight) and writes labelsTr/CASE, which stock
-nnU-Net plans, preprocesses and trains on. Before anything is written all of it is checked: names, that every rater's
-file lies on its image's grid, and that it has no label that dataset.json does not declare.
+nnU-Net plans, preprocesses and trains on. Before anything is written all of it is checked: names, that no file is
+damaged, that every rater's lies on its image's grid, and that it has no label that dataset.json does not declare.
 
   majority    the label with most weight, the lower one in a tie; regions are voted on one by one (more than half)
   staple      SimpleITK's STAPLE (Warfield et al., IEEE TMI 2004), label by label or region by region; without weights
@@ -31,9 +31,9 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_multimodal.errors import UserError, refuse
-from nnunet_multimodal.images import geometry_difference, rename_files
+from nnunet_multimodal.images import check_file, read_images, read_seg, rename_files, unreadable
 from nnunet_multimodal.parallel import in_parallel
-from nnunet_multimodal.raters.files import FOLDER, WEIGHTS, Rater, find_raters
+from nnunet_multimodal.raters.files import FOLDER, WEIGHTS, Rater, find_raters, read_rater
 
 MAJORITY, STAPLE = "majority", "staple"
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         problems += [f"{case} has no rater {args.method!r}" for case in without]
     refuse(problems)
     work = Work(
-        determine_reader_writer_from_dataset_json(description, str(next(iter(images.values())))),
+        _find_reader(description, next(iter(images.values()))),
         LabelManager(description["labels"], description.get("regions_class_order")),
         args.method,
         frozenset(_values(description["labels"])),
@@ -112,6 +112,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _find_reader(description: dict[str, Any], image: Path) -> type[BaseReaderWriter]:
+    """nnU-Net's reader for a dataset's images; a damaged one would have a traceback for each reader printed."""
+    check_file(image)
+    try:
+        return determine_reader_writer_from_dataset_json(description, str(image))
+    except RuntimeError as error:
+        raise unreadable(image, error) from error
+
+
 def _values(labels: dict[str, Any]) -> Iterable[int]:
     for value in labels.values():
         yield from value if isinstance(value, list | tuple) else [value]
@@ -120,37 +129,29 @@ def _values(labels: dict[str, Any]) -> Iterable[int]:
 def check_case(work: Work, image: Path, raters: Sequence[Rater]) -> list[str]:
     """What is wrong with a case's raters, in words."""
     reader = work.reader()
-    data, properties = reader.read_images([str(image)])
+    try:
+        data, properties = read_images(reader, [str(image)])
+    except UserError as error:
+        return [str(error)]
     problems = []
     for rater in raters:
         try:
-            labels, theirs = reader.read_seg(str(rater.file))
-        except Exception as error:  # whatever a damaged file makes a reader raise
-            problems.append(f"{rater.file} cannot be read: {error}")
-            continue
-        difference = geometry_difference(
-            str(image), data.shape[1:], properties, str(rater.file), labels.shape[1:], theirs
-        )
-        if difference:
-            problems.append(difference)
-        unknown = sorted(set(np.unique(labels).tolist()) - work.values)
-        if unknown:
-            known = ", ".join(map(str, sorted(work.values)))
-            found = ", ".join(f"{value:g}" for value in unknown[:5])
-            problems.append(f"{rater.file} has labels {found}, and dataset.json declares {known}")
+            read_rater(reader, rater.file, str(image), data.shape[1:], properties, work.values)
+        except UserError as error:
+            problems.append(str(error))
     return problems
 
 
 def write_consensus(work: Work, image: Path, raters: Sequence[Rater], output: Path) -> None:
     """A case's consensus; beside, then rename."""
     reader = work.reader()
-    maps = [reader.read_seg(str(rater.file)) for rater in raters]
+    maps = [read_seg(reader, str(rater.file)) for rater in raters]
+    label_maps = np.stack([np.rint(labels[0]).astype(np.uint16) for labels, _ in maps])
     if work.method in (MAJORITY, STAPLE):
-        label_maps = np.stack([labels[0].astype(np.uint16) for labels, _ in maps])
         weights = np.array([rater.weight for rater in raters])
         agreed = (majority if work.method == MAJORITY else staple)(label_maps, weights, work.labels)
     else:
-        agreed = maps[[rater.name for rater in raters].index(work.method)][0][0]
+        agreed = label_maps[[rater.name for rater in raters].index(work.method)]
     ending = work.ending
     beside, name = output.with_name(f".part_{output.name.removesuffix(ending)}"), output.name.removesuffix(ending)
     labels = agreed.astype(np.uint8 if agreed.max() < 256 else np.uint16)

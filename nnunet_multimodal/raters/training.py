@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import blosc2
+import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -17,7 +18,7 @@ from torch import Tensor
 from nnunet_multimodal.backbones.base import check_choice
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.heads.base import RaterLabels
-from nnunet_multimodal.raters.files import FOLDER, SEPARATOR
+from nnunet_multimodal.raters.files import FOLDER, SEPARATOR, find_raters, has_changed
 
 CONSENSUS, RANDOM, MEAN = "consensus", "random", "mean"
 POLICIES = (CONSENSUS, RANDOM, MEAN)
@@ -37,20 +38,49 @@ class RaterDataset(nnUNetDatasetBlosc2):
     def __init__(self, dataset: nnUNetDatasetBlosc2, folder: Path) -> None:
         super().__init__(dataset.source_folder, dataset.identifiers, dataset.folder_with_segs_from_previous_stage)
         self.folder = folder
+        self.described: dict[str, dict[str, Any]] = {}
         self.weights: dict[str, Tensor] = {}
         for case in self.identifiers:
             if not (folder / f"{case}.json").is_file():
                 raise UserError(f"{folder} has no raters of {case}; preprocess again, with {FIX}")
             found = json.loads((folder / f"{case}.json").read_text())
-            weights = torch.zeros(found["channels"])
-            given = torch.tensor(list(found["weights"].values()), dtype=torch.float32)
-            weights[: len(given)] = given / given.sum()
-            self.weights[case] = weights
+            self.described[case] = found["raters"]
+            weights = np.zeros(found["channels"])
+            weights[: len(found["raters"])] = [rater["weight"] for rater in found["raters"].values()]
+            self.weights[case] = torch.from_numpy(weights / weights.sum()).float()
 
     @property
     def num_raters(self) -> int:
         """Channels of raters that every case has."""
         return len(next(iter(self.weights.values())))
+
+    def count(self) -> str:
+        """How many cases there are, and raters of each, in words."""
+        counts = [len(raters) for raters in self.described.values()]
+        return f"{len(counts)} cases, {min(counts)} to {max(counts)} each"
+
+    def refuse_changed(self, raw: Path, ending: str) -> None:
+        """Raw raters are others than those that were preprocessed; nothing is said where raw data is not at hand.
+
+        Args:
+            raw: the raw dataset.
+            ending: of its files.
+
+        Raises:
+            UserError: see above.
+        """
+        if not (raw / "imagesTr").is_dir():
+            return
+        there = find_raters(raw / FOLDER, ending)
+        for case, described in self.described.items():
+            now = {rater.name: rater for rater in there.get(case, ())}
+            changed = described.keys() ^ now.keys()
+            changed |= {name for name in described.keys() & now.keys() if has_changed(now[name], described[name])}
+            if changed:
+                raise UserError(
+                    f"{self.folder} was made of other files or weights of {case} than {raw / FOLDER} has now (rater "
+                    f"{', '.join(sorted(changed))}); preprocess again, with {FIX}"
+                )
 
     @staticmethod
     def refuse_without(raw: Path, folder: Path, stated: bool) -> None:
@@ -152,16 +182,17 @@ class RaterPolicy:
         Args:
             target: nnU-Net's, of one resolution or of several, finest first.
             raters: label maps (B, R, *D) of each.
-            weights: (B, R), which sum to 1.
+            weights: (B, R), which sum to 1, on the CPU.
         """
         if self.policy == CONSENSUS:
             return target
         if self.policy == RANDOM:
-            drawn = torch.multinomial(weights.cpu(), 1).to(raters[0].device)  # (B, 1), the same at every resolution
+            drawn = torch.multinomial(weights, 1).to(raters[0].device)  # (B, 1), the same at every resolution
             one = torch.ones_like(drawn, dtype=weights.dtype)
             batch = torch.arange(len(drawn), device=drawn.device)[:, None]
             levels = [self._target(RaterLabels(labels[batch, drawn], one), soft=False) for labels in raters]
         else:
+            weights = weights.to(raters[0].device)
             levels = [self._target(RaterLabels(labels, weights), soft=True) for labels in raters]
         return levels if isinstance(target, list) else levels[0]
 
@@ -169,7 +200,7 @@ class RaterPolicy:
         if not (soft or self.label_manager.has_regions):
             return raters.labels
         indicator, valid = raters.encode(self.num_classes, self.label_manager)  # (B, R, C, *D), (B, R, *D)
-        weights = raters.weights.to(indicator.device).view(*raters.weights.shape, *(1,) * (indicator.ndim - 2))
+        weights = raters.weights.view(*raters.weights.shape, *(1,) * (indicator.ndim - 2))
         counted = weights if valid is None else weights * valid[:, :, None]
         mean = (indicator * counted).sum(1) / counted.sum(1).clamp_min(1e-6)
         ignored = None if valid is None else (counted.sum(1) == 0)

@@ -83,6 +83,8 @@ class TrainerContract:
         stock = nnUNetTrainer._build_loss(trainer)
         with nnunet.environment():
             batch = next(trainer.get_dataloaders()[0])
+        if trainer.raters is not None:
+            batch = trainer._with_raters(batch)
         trainer.network.eval()
         output = trainer.network(batch["data"])
         expected = self.nnunets_loss(trainer, stock, output, batch["target"])

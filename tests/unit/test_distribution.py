@@ -4,16 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunet_multimodal.metrics import distribution
+from nnunet_multimodal.metrics import overlaps
 from nnunet_multimodal.metrics.distribution import (
-    count_overlaps,
     generalized_energy_distance,
-    pairwise_iou_distance,
     sample_diversity,
     score_distribution,
     valid_voxels,
     weighted_quantile,
 )
+from nnunet_multimodal.metrics.overlaps import count_overlaps, pairwise_iou_distance
 
 REFERENCE_VALUES = Path(__file__).resolve().parents[3] / "shared" / "reference_values"
 LABELS = (1, (2, 3), (1, 2, 3))
@@ -99,7 +98,7 @@ def test_pieces_of_the_image_add_up(chunk, monkeypatch):
     a, b = label_maps(4, (7, 59)), label_maps(3, (7, 59), seed=1)
     a[:, :3] = 0  # a piece without any label
     expected = [[[np.sum((x == label) & (y == label)) for y in b] for x in a] for label in (1, 3)]
-    monkeypatch.setattr(distribution, "CHUNK", chunk)
+    monkeypatch.setattr(overlaps, "CHUNK", chunk)
     found = count_overlaps(a, b, (1, 3))
     np.testing.assert_array_equal(found.intersections, expected)
     np.testing.assert_array_equal(found.sizes_a, [[np.sum(x == label) for x in a] for label in (1, 3)])
@@ -109,7 +108,7 @@ def test_pieces_of_the_image_add_up(chunk, monkeypatch):
 def test_bits_are_counted_alike_without_numpy_2(monkeypatch):
     a = label_maps(4, (40, 50))
     expected = count_overlaps(a, a, LABELS).intersections
-    monkeypatch.setattr(distribution, "_bit_count", distribution._bit_count_by_table)
+    monkeypatch.setattr(overlaps, "_bit_count", overlaps._bit_count_by_table)
     np.testing.assert_array_equal(count_overlaps(a, a, LABELS).intersections, expected)
 
 
@@ -242,5 +241,8 @@ def test_errors_name_the_value():
             sample_diversity(a, (1,), weights)
     with pytest.raises(ValueError, match="rater_weights is"):
         generalized_energy_distance(a, a, (1,), rater_weights=(1, 2, 3))
+    for valid in (np.ones((5, 6), bool), np.ones((3, 5, 6, 7), bool), np.ones((2, 5, 6, 7), int)):
+        with pytest.raises(ValueError, match=r"valid is .* give bool \(5, 6, 7\) or \(2, 5, 6, 7\)"):
+            generalized_energy_distance(a, a, (1,), valid=valid)
     with pytest.raises(ValueError, match="quantile is 95"):
         weighted_quantile(np.ones(2), np.ones(2), 95)

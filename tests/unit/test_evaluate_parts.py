@@ -47,7 +47,7 @@ def part(folders, number, index, *flags):
 
 def results(folder):
     """What was written, as bytes."""
-    return {name: (folder / name).read_bytes() for name in ("evaluation.json", "evaluation.csv")}
+    return {file.name: file.read_bytes() for file in folder.glob("evaluation*") if file.is_file()}
 
 
 def in_one(folders, *flags):
@@ -88,18 +88,39 @@ def test_parts_are_the_evaluation_in_one_call(folders, content, number, order, c
     if "samples" in content:
         add_samples(folders)
     flags = add_raters(folders) if "raters" in content else ()
+    if content == "samples and raters":
+        (folders[1] / "c.nii.gz").unlink()  # the one without samples
+        flags = (*flags, "--chill", "--samples", 2, 3)
     expected = in_one(folders, *flags)
     assert ("count" in expected["evaluation.json"].decode()) == ("samples" in content)
+    assert ("evaluation_reliability.png" in expected) == ("samples" in content)
+    assert ("evaluation_agreement.csv" in expected) == ("raters" in content)
     printed = capsys.readouterr().out
     for index in order:
         assert not (folders[1] / "evaluation.json").exists()
         assert part(folders, number, index, *flags) == 0
     assert results(folders[1]) == expected
     assert capsys.readouterr().out.endswith(printed)
-    for file in (folders[1] / "evaluation.json", folders[1] / "evaluation.csv"):
-        file.unlink()
+    for name in expected:
+        (folders[1] / name).unlink()
     assert evaluate(folders, "-num_parts", number, "--merge", *flags) == 0
     assert results(folders[1]) == expected
+
+
+@pytest.mark.parametrize("number", [2])
+def test_parts_of_raters_without_a_reference(folders, number, capsys):
+    shutil.rmtree(folders[0])
+    _, raters = add_raters(folders)
+    gt_and_pred, flags = (raters, folders[1]), ("--samples", 2)
+    add_samples(folders)
+    (folders[1] / "c.nii.gz").unlink()
+    expected = in_one(gt_and_pred, "--chill", *flags)
+    assert "GED2_2" in expected["evaluation.csv"].decode()
+    for index in range(number):
+        part(gt_and_pred, number, index, "--chill", *flags)
+    assert results(folders[1]) == expected
+    with pytest.raises(UserError, match="was measured with other first\n"):
+        evaluate(gt_and_pred, "-num_parts", number, "--merge", "--chill", "--samples", 3)
 
 
 def test_every_case_is_measured_in_one_part(folders):

@@ -91,3 +91,56 @@ def test_a_prediction_within_the_raters_own_spread():
     np.testing.assert_allclose(close.interrater_dice, expected)
     alone = score_distribution(boxes(5)[0], boxes(5), boxes(5), [1]).average
     assert np.isnan(alone.within_raters)
+
+
+def agreement(prediction, raters, weights=None):
+    prediction, raters = np.array([prediction]), np.array(raters)[:, None]
+    return score_distribution(prediction, prediction[None], raters, (1,), rater_weights=weights).average
+
+
+def test_predicting_nothing_is_not_within_raters_who_drew():
+    drawn, other, empty = [1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]
+    assert agreement(empty, [drawn, other, empty]).within_raters == 0  # Dice 0.4: the empty one's 1 is not its own
+    assert agreement(empty, [drawn, other, drawn, empty]).within_raters == 0
+    for raters in ([drawn, drawn, empty], [drawn, drawn, drawn, empty], [drawn, drawn, [1, 1, 1, 0]]):
+        assert agreement(empty, raters).within_raters == 0
+        assert agreement(drawn, raters).within_raters == 1
+    assert agreement(empty, [drawn, empty, empty]).within_raters == 1  # most drew nothing
+    assert agreement([0, 0, 0, 1], [drawn, empty, empty]).within_raters == 0
+    assert agreement(empty, [empty, empty]).within_raters == 1
+    assert agreement(drawn, [empty, empty]).within_raters == 0
+    assert agreement(empty, [drawn, drawn, empty, empty]).within_raters == 1  # so much as the drawn one
+    assert agreement(drawn, [drawn, drawn, empty, empty]).within_raters == 1
+
+
+def test_weights_decide_who_are_half_of_the_raters():
+    drawn, more, other = [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]
+    raters = [drawn, more, other]
+    assert agreement(other, raters).within_raters == 0
+    assert agreement(other, raters, (1, 1, 8)).within_raters == 1
+    found = agreement(more, raters, (1, 2, 3))
+    np.testing.assert_allclose(found.interrater_dice, [2 * 0.8 / 5, 0.8 / 4, 0])
+    np.testing.assert_allclose(found.others_dice, [2 / 5, 0.8 / 4, (0.8 + 2) / 3])
+    np.testing.assert_allclose(found.rater_dice, [0.8, 1, 0])
+    assert found.advantage.tolist() == [1, 1, 1]
+    assert agreement([0, 1, 0, 0], raters).advantage.tolist() == [0, 0, 1]
+    assert found.mean_interrater_dice == pytest.approx((0.32 + 2 * 0.2) / 6)
+    assert np.isnan(agreement(more, [drawn]).advantage).all()
+
+
+def test_one_more_rater_is_often_within_the_others_and_their_majority_nearly_always():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:24, :24]
+
+    def disc():
+        centre, radius = 12 + rng.standard_normal(2), 6 + rng.standard_normal()
+        return ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2).astype(int)
+
+    found = []
+    for _ in range(50):
+        one_more, *raters = (disc() for _ in range(5))
+        majority = (np.sum(raters, 0) > 2).astype(int)
+        scores = [score_distribution(p, p[None], np.stack(raters), [1]).average for p in (one_more, majority)]
+        found.append([own.within_raters for own in scores])
+    assert 0.25 < np.mean(found, 0)[0] < 0.6
+    assert np.mean(found, 0)[1] > 0.95

@@ -1,15 +1,20 @@
+import os
+
 import numpy as np
 import pytest
 import torch
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from skimage import io
 
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.heads.base import RaterLabels, encode_target
 from nnunet_multimodal.losses import SoftTargets, accept_soft_targets
 from nnunet_multimodal.raters.consensus import majority, staple
-from nnunet_multimodal.raters.files import find_raters
+from nnunet_multimodal.raters.files import describe, find_raters, has_changed, read_rater
+from nnunet_multimodal.raters.preprocessing import list_raters
 from nnunet_multimodal.raters.training import AppendRaters, RaterPolicy, SetRatersAside, split_targets
 
 PLAIN = LabelManager({"background": 0, "a": 1, "b": 2}, None)
@@ -32,8 +37,8 @@ def test_files_are_found_by_case_and_rater(tmp_path):
     write(tmp_path, ["a__1__x", "a__1__y", "b__z"], ["a__1,x,3"])
     raters = find_raters(tmp_path, ".nii.gz")
     assert {case: [(r.name, r.weight) for r in found] for case, found in raters.items()} == {
-        "a__1": [("x", 3.0), ("y", 1.0)],
-        "b": [("z", 1.0)],
+        "a__1": [("x", 0.75), ("y", 0.25)],
+        "b": [("z", 0.5)],
     }
     assert find_raters(tmp_path / "not_there", ".nii.gz") == {}
 
@@ -62,6 +67,80 @@ def test_a_table_with_other_columns_is_refused(tmp_path):
     (tmp_path / "raters.csv").write_text("name,weight\n")
     with pytest.raises(UserError, match="begins with 'name,weight'"):
         find_raters(tmp_path, ".nii.gz")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_table_of_a_spreadsheet_is_read(tmp_path, encoding):
+    write(tmp_path, ["a__\xe4", "a__x"])
+    (tmp_path / "raters.csv").write_text("case,rater,weight\r\na,\xe4,3\r\n", encoding=encoding)
+    assert {rater.name: rater.weight for rater in find_raters(tmp_path, ".nii.gz")["a"]} == {"\xe4": 0.75, "x": 0.25}
+
+
+@pytest.mark.parametrize(("encoding", "why"), [("latin-1", "codec can't decode"), ("utf-16", "codec can't decode")])
+def test_a_table_that_is_not_utf_8_is_refused(tmp_path, encoding, why):
+    write(tmp_path, ["a__\xe4"])
+    (tmp_path / "raters.csv").write_text("case,rater,weight\na,\xe4,1\n", encoding=encoding)
+    with pytest.raises(UserError, match=rf"raters.csv cannot be read \(.*{why}.*\); save it as CSV in UTF-8"):
+        find_raters(tmp_path, ".nii.gz")
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-170, 2.0**-1074, 2.0**130, 2.0**1020])
+def test_weights_count_in_relation_to_each_other(tmp_path, factor):
+    """In float32 such factors are 0 or infinite; in proportion 3 to 1 and 2 nobody has a majority."""
+    write(tmp_path, ["a__x", "a__y", "a__z"], [f"a,x,{3 * factor}", f"a,y,{factor}", f"a,z,{2 * factor}"])
+    weights = np.array([rater.weight for rater in find_raters(tmp_path, ".nii.gz")["a"]])
+    assert np.array_equal(weights / weights.sum(), [1 / 2, 1 / 6, 1 / 3])
+    maps = np.array([[2, 1, 1, 1], [0, 1, 2, 0], [0, 1, 0, 1]])
+    assert majority(maps, weights, PLAIN).tolist() == [0, 1, 1, 1]
+    assert majority(maps, weights, REGIONS).tolist() == [0, 1, 1, 1]
+    assert np.isfinite(weights.astype(np.float32) / weights.astype(np.float32).sum()).all()
+
+
+def test_a_folder_is_listed_once_as_long_as_it_stays_the_same(tmp_path):
+    assert list_raters(tmp_path / "not_there", ".nii.gz") == ({}, 0)
+    write(tmp_path, ["a__x", "a__y", "b__x"], ["a,x,3"])
+    raters, most = list_raters(tmp_path, ".nii.gz")
+    assert (list(raters), most) == (["a", "b"], 2)
+    assert list_raters(tmp_path, ".nii.gz")[0] is raters
+    write(tmp_path, ["a__z"])
+    assert [rater.name for rater in list_raters(tmp_path, ".nii.gz")[0]["a"]] == ["x", "y", "z"]
+    (tmp_path / "raters.csv").write_text("case,rater,weight\n")
+    assert list_raters(tmp_path, ".nii.gz")[0]["a"][0].weight == 0.5
+
+
+def test_a_rater_is_known_again_by_weight_and_content(tmp_path):
+    write(tmp_path, ["a__x"])
+    (rater,) = find_raters(tmp_path, ".nii.gz")["a"]
+    rater.file.write_bytes(b"one")
+    known = describe(rater)
+    assert not has_changed(rater, known)
+    os.utime(rater.file, ns=(0, 0))
+    assert not has_changed(rater, known)
+    assert has_changed(rater._replace(weight=0.25), known)
+    for content in (b"two", b"longer"):
+        rater.file.write_bytes(content)
+        assert has_changed(rater, known)
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "message"),
+    [
+        ((8, 9), 1, None),
+        ((8, 9, 3), 1, "a__x.png has 3 channels; a label map has one"),
+        ((8, 8), 1, r"a__x.png has shape \(1, 8, 8\) and image.png \(1, 8, 9\); resample"),
+        ((8, 9), 4, "a__x.png: labels 4, and dataset.json declares 0, 1, 2"),
+        ((8, 8), 4, r"has shape .*\n.*labels 4"),
+    ],
+)
+def test_a_rater_is_checked_as_other_label_maps_are(tmp_path, shape, value, message):
+    file = tmp_path / "a__x.png"
+    io.imsave(file, np.full(shape, value, np.uint8), check_contrast=False)
+    arguments = NaturalImage2DIO(), file, "image.png", (1, 8, 9), {"spacing": (999, 1, 1)}, [0, 1, 2]
+    if message is None:
+        assert np.array_equal(read_rater(*arguments), np.ones((1, 1, 8, 9)))
+    else:
+        with pytest.raises(UserError, match=message):
+            read_rater(*arguments)
 
 
 # --- consensus

@@ -34,8 +34,9 @@ def tree(tmp_path):
     return root
 
 
-def test_a_tree_with_label_maps_in_derivatives(tree, raw, result):
-    convert("bids", tree, *FLAGS, "--derivatives", "masks", "--label-pattern", "dseg:label-lesion")
+def test_a_tree_with_label_maps_in_derivatives(tree, documented, raw, result, monkeypatch):
+    monkeypatch.chdir(tree.parent)
+    documented.run(lambda command: convert(*command[2:]), values={"STUDY": tree.name})
     data = result()
     assert data.folder.name == "Dataset040_study"
     cases = ["sub-01_ses-a", "sub-01_ses-b", "sub-02_ses-a"]

@@ -59,6 +59,13 @@ def test_2020_as_it_is_downloaded(tmp_path, raw, result, capsys):
     data.verify()
 
 
+def test_the_documented_command(documented, tmp_path, raw, result, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_case(tmp_path / "MICCAI_BraTS2020_TrainingData", "BraTS20_Training_001", 1, 2, 4)
+    documented.run(lambda command: convert(*command[2:]))
+    assert result().names("labelsTr") == ["BraTS20_Training_001.nii.gz"]
+
+
 def test_regions_are_the_challenges_and_the_decomposition_is_the_papers(tmp_path, raw, result):
     write_case(tmp_path / "d", "BraTS20_Training_001", 1, 2, 4)
     convert("brats", tmp_path / "d", "--dataset-id", 20)

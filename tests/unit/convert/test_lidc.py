@@ -44,7 +44,7 @@ def check(data, case, seed, ending=".png", suffix="Tr"):
     np.testing.assert_array_equal(read(data.folder, f"labels{suffix}/{case}{ending}"), votes > 2)
 
 
-def test_crops_of_the_hierarchical_u_net(tmp_path, raw, result, capsys):
+def test_crops_of_the_hierarchical_u_net(documented, tmp_path, raw, result, capsys, monkeypatch):
     """Its split is kept: train and val are a fold, test is imagesTs."""
     cases = {}
     for seed, (split, patient) in enumerate((("train", "0001"), ("train", "0002"), ("val", "0003"), ("test", "0004"))):
@@ -53,7 +53,8 @@ def test_crops_of_the_hierarchical_u_net(tmp_path, raw, result, capsys):
         for rater in range(4):
             save(folder / "gt" / patient / f"z-105.0_c0_l{rater}.png", mask(rater))
         cases[f"{patient}_z-105_0_c0"] = split, seed
-    convert("lidc", tmp_path / "lidc_crops", "--dataset-id", 30)
+    monkeypatch.chdir(tmp_path)
+    documented.run(lambda command: convert(*command[2:]))
     data = result()
     for case, (split, seed) in cases.items():
         check(data, case, seed, suffix="Ts" if split == "test" else "Tr")

@@ -28,8 +28,9 @@ def source(tmp_path):
     return folder
 
 
-def test_each_case_has_one_of_two_modalities(source, raw, result, capsys):
-    convert("mmwhs", source, "--dataset-id", 17)
+def test_each_case_has_one_of_two_modalities(documented, source, raw, result, capsys, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    documented.run(lambda command: convert(*command[2:]))
     data = result()
     assert data.names("labelsTr") == ["ct_train_1001.nii.gz", "mr_train_1010.nii.gz"]
     for channel in (0, 1):

@@ -38,9 +38,9 @@ def task(tmp_path):
     return folder
 
 
-def test_brain_tumour(task, raw, result, monkeypatch):
+def test_brain_tumour(documented, task, raw, result, monkeypatch):
     monkeypatch.chdir(task.parent)
-    convert("msd", "Task01_BrainTumour/", "--dataset-id", 101)
+    documented.run(lambda command: convert(*command[2:]), values={task.name: f"{task.name}/"})
     data = result()
     assert data.folder.name == "Dataset101_BrainTumour"
     assert data.names() == [f"BRATS_00{number}_{c:04d}.nii.gz" for number in (1, 2) for c in range(4)]

@@ -39,6 +39,14 @@ def test_names_with_separators_in_them(tmp_path, raw, result):
     assert data.description["labels"] == {"background": 0, "b": 1, "a": 2}
 
 
+def test_the_documented_command(documented, tmp_path, raw, result, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "DATA", "a/a_flair.nii.gz", "a/a_t1.nii.gz")
+    write(tmp_path / "DATA", "a/a_seg.nii.gz", array=label_map(1, 2, 4))
+    documented.run(lambda command: convert(*command[2:]))
+    np.testing.assert_array_equal(result().array("labelsTr/a"), label_map(2, 1, 2))
+
+
 def test_raters_and_patients(tmp_path, raw, result):
     for patient in ("p1", "p2"):
         for scan in ("s1", "s2"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nnunet_multimodal.errors import UserError
-from tests.unit.convert.trees import AFFINE, SHAPE, convert, image, label_map, nifti
+from tests.unit.convert.trees import AFFINE, SHAPE, Result, convert, image, label_map, nifti
 
 STUDY = "03-23-2003-NA-PET-CT Ganzkoerper  primaer mit KM-09147"
 FINE = np.array([[0.5, 0, 0, 2.75], [0, 0.75, 0, -4.375], [0, 0, 1, 4.5], [0, 0, 0, 1]])
@@ -17,6 +17,25 @@ def write_study(folder, patient, study, names=("CTres", "CT", "SUV", "PET", "SEG
         if name == "CT":
             array, affine = image(seed, (12, 10, 8)), FINE
         nifti(folder / patient / study / f"{name}.nii.gz", array, affine)
+
+
+def test_documented_commands(documented, tmp_path, raw, monkeypatch):
+    """The PET of HECKTOR and the CT of the study lie on grids of their own."""
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path / "FDG-PET-CT-Lesions", "PETCT_0011f3deaf", STUDY)
+    hecktor = tmp_path / "hecktor2022_training"
+    nifti(hecktor / "imagesTr" / "CHUM-001__CT.nii.gz", image(0, (12, 10, 8)), FINE)
+    nifti(hecktor / "imagesTr" / "CHUM-001__PT.nii.gz", image(1))
+    nifti(hecktor / "labelsTr" / "CHUM-001.nii.gz", label_map(1, 2, shape=(12, 10, 8)), FINE)
+    nifti(tmp_path / "STUDY" / "a" / "ct.nii.gz", image(0, (12, 10, 8)), FINE)
+    nifti(tmp_path / "STUDY" / "a" / "suv.nii.gz", image(1))
+    nifti(tmp_path / "STUDY" / "a" / "tumour.nii.gz", label_map(1))
+    documented.run(lambda command: convert(*command[2:]))
+    sizes = {folder.name: Result(folder).geometry(f"imagesTr/{case}_0001")[0] for folder, case in (
+        (raw / "Dataset022_HECKTOR", "CHUM-001"), (raw / "Dataset023_STUDY", "a")
+    )}  # fmt: skip
+    assert sizes == {"Dataset022_HECKTOR": (12, 10, 8), "Dataset023_STUDY": SHAPE}
+    assert len(Result(raw / "Dataset221_autoPET").names("labelsTr")) == 1
 
 
 def test_autopet(tmp_path, raw, result, capsys):

@@ -15,14 +15,13 @@ from nnunet_multimodal.inference.quantities import distribution_of, measure
 from nnunet_multimodal.metrics.calibration import expected_calibration_error, reliability_curve
 from nnunet_multimodal.metrics.distribution import (
     continuous_ranked_probability_score,
-    count_overlaps,
     generalized_energy_distance,
     matched_iou,
-    pairwise_iou_distance,
     sample_diversity,
     score_distribution,
     weighted_quantile,
 )
+from nnunet_multimodal.metrics.overlaps import count_overlaps, pairwise_iou_distance
 from tests.unit.properties import checked, solved
 
 # --- distributions of label maps
