@@ -1,6 +1,7 @@
 """One plan for several methods, so that they are compared at equal patch and batch size.
 
   nnunet-multimodal derive -d 1 -p nnUNetPlans nnUNetCRNPPlans nnUNetMoSEPlans -o nnUNetEqualPlans
+  nnUNetv2_preprocess -d 1 -plans_name nnUNetEqualPlans -c 3d_fullres
   nnUNetv2_train 1 3d_fullres 0 -p nnUNetEqualPlans -tr CRNPTrainer
 
 Each configuration gets the smallest patch of the given plans, with the topology that was planned for it, and their

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.documented import ROOT, Documented
 from tests.nnunet import NnUNet, make_dataset
 
 torch.set_num_threads(1)
@@ -69,6 +70,16 @@ def few_progress_plots(request):
         )
         with quick:
             yield
+
+
+@pytest.fixture
+def documented(request):
+    """The commands that pages say the test runs; at its end it must have run them all."""
+    test = f"{request.path.relative_to(ROOT).as_posix()}::{request.node.originalname}"
+    documented = Documented(test)
+    assert documented.left, f"no page names {test}"
+    yield documented
+    assert not documented.left, f"{test} did not run {documented.left}"
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_multimodal import doctor, lookup
+from nnunet_multimodal.cli import main
 
 NAMES = [name for classes in lookup.CLASSES.values() for name in classes]
 # the folders that hold us, nnU-Net and its dependencies, wherever each is installed
@@ -207,10 +208,11 @@ def test_fresh_interpreter_that_fails_is_a_problem(folders, monkeypatch, capsys)
     assert "could not look for nnU-Net's classes (exit status 1): no output" in text
 
 
-def test_installed_plugin_is_found_by_the_real_probe(folders, capsys):
-    status, text = doctor_says(capsys, "--json")
-    report = json.loads(text)
-    assert (status, report["problems"]) == (0, [])
+def test_installed_plugin_is_found_by_the_real_probe(documented, folders, capsys):
+    statuses = []
+    documented.run(lambda command: statuses.append(main([*command[1:], "--json"])))
+    report = json.loads(capsys.readouterr().out)
+    assert (statuses, report["problems"]) == ([0], [])
     assert report["start_up"]["ran"]
     expected = {name: module for classes in lookup.CLASSES.values() for name, module in classes.items()}
     seen = {entry["name"]: entry["module"] for entry in report["classes"]}

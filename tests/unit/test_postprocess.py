@@ -58,6 +58,14 @@ def test_the_command_writes_a_folder_that_can_be_evaluated(predictions, tmp_path
     assert "1 of 2 cases changed: few.nii.gz" in capsys.readouterr().out
 
 
+def test_documented_commands(documented, predictions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documented.run(lambda command: cli.main(command[1:]))
+    for case, count in (("few", 4), ("many", 40)):
+        processed = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "processed" / f"{case}.nii.gz")))
+        assert np.bincount(processed.ravel()).tolist() == [120 - count, count]  # both have fewer than 500 voxels
+
+
 def test_what_does_not_fit_is_refused(predictions, tmp_path):
     base = ["postprocess", "--small", "enhancing=necrosis"]
     with pytest.raises(UserError, match="another folder for the results"):

@@ -113,6 +113,17 @@ def test_slurm_gets_the_flags_of_the_documented_scripts(submitted):
 
 
 @needs_submitit
+def test_documented_commands(documented, submitted):
+    lines = []
+    documented.run(lambda command: lines.append(submitted(*command[2:])))
+    nodes, folds, parts, evaluation = map(flags, lines)
+    assert (nodes["nodes"], nodes["gpus-per-node"], nodes["cpus-per-task"]) == ("2", "4", "48")
+    assert (folds["array"], folds["time"], parts["array"]) == ("0-4%5", "2880", "0-19%20")
+    assert evaluation["dependency"] == "afterok:JOB"
+    assert "gpus-per-node" not in evaluation
+
+
+@needs_submitit
 def test_every_job_of_an_array_has_its_command(submitted, tmp_path, capsys):
     from submitit.core.utils import DelayedSubmission
 
