@@ -9,8 +9,8 @@ RESULTS are folders, searched a few folders deep, for
   subsets.csv                      of evaluate --all-subsets
   contributions.csv, …             of explain, and the folders of uncertainty
 
-or an evaluation's JSON that lies elsewhere. What is not there is left out, and the page says so. References are those
-that the evaluations name, or of -ref.
+or an evaluation's JSON that lies elsewhere. What is not there is left out, and the page says so. References and raters
+are those that the evaluations name, or of -ref and --raters.
 
 The page needs no network and no other file. It holds small copies of the cases' images (how small, it says): who may
 not see the images may not see the page.
@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", required=True, type=Path, metavar="FILE.html", help="the page")
     parser.add_argument("-i", type=Path, metavar="FOLDER", help="images of the predicted cases")
     parser.add_argument("-ref", type=Path, metavar="FOLDER", help="references (default: those of the evaluations)")
+    parser.add_argument(
+        "--raters", type=Path, metavar="FOLDER", help="CASE__NAME files (default: those of the evaluations)"
+    )
     parser.add_argument("--title", default="Segmentation report", help="of the page (default: Segmentation report)")
     parser.add_argument(
         "--samples", type=int, default=SAMPLES, metavar="S", help=f"of a case that are shown (default: {SAMPLES})"
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.o} is there already; name another file, or give --overwrite")
     if args.samples < 0 or not args.megabytes > 0:
         raise UserError(f"--samples {args.samples}, --megabytes {args.megabytes}: give at least 0, and more than 0")
-    study = gather_study(args.results, args.i, args.ref)
+    study = gather_study(args.results, args.i, args.ref, args.raters)
     views = read_views(study, args.samples, args.megabytes)
     write_text(args.o, render(study, views, args.title))
     print(f"{args.o}: {len(study.cases)} cases, {args.o.stat().st_size / 1e6:.1f} MB")

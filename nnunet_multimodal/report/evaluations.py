@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.evaluate import AGREEMENT
+from nnunet_multimodal.evaluate.agreement import HEADINGS as AGREEMENT_HEADINGS
 from nnunet_multimodal.evaluate.report import FOREGROUND
 from nnunet_multimodal.images import read_json
+from nnunet_multimodal.raters.files import SEPARATOR
 
 Measures = Mapping[str, float]
 AVERAGE = "average"  # the subset of the row of means
@@ -27,6 +30,9 @@ class Evaluation:
         cases: case -> label -> column -> number.
         mean: label -> column -> number.
         references: case -> its reference's file, as the evaluation names it.
+        raters: case -> name -> file of each rater, as the evaluation names them.
+        agreement: label -> rater -> column -> mean over the cases, and how many these are.
+        case_agreement: case -> label, rater, and column -> number.
         predicted: the folder of the predictions, as the evaluation names it.
         reliability: label -> confidence, frequency and count of each bin, and the expected calibration error.
         left_out: what is in no mean, in words.
@@ -42,6 +48,9 @@ class Evaluation:
     reliability: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     tolerance_mm: float = math.nan
+    raters: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
+    agreement: Mapping[str, Mapping[str, Measures]] = field(default_factory=dict)
+    case_agreement: Mapping[str, Sequence[tuple[str, str, Measures]]] = field(default_factory=dict)
 
     def has(self, column: str) -> bool:
         """Whether any case has a number in a column."""
@@ -62,13 +71,15 @@ def read_evaluation(file: Path, dataset_json: Mapping[str, Any]) -> Evaluation:
     content = read_json(file, "metric_per_case", "mean", "foreground_mean")
     names = content.get("labels") or label_names(dataset_json)
     ending = str(dataset_json.get("file_ending", ""))
-    cases, references, folders = {}, {}, set()
+    cases, references, raters, folders = {}, {}, {}, set()
     for entry in content["metric_per_case"]:
         prediction = Path(entry["prediction_file"])
         case = entry.get("case", prediction.name.removesuffix(ending))
         rows = {names.get(key, key): _numbers(row) for key, row in entry["metrics"].items()}
         cases[case] = {**rows, **({FOREGROUND: _numbers(entry[FOREGROUND])} if FOREGROUND in entry else {})}
         references[case] = Path(entry["reference_file"])
+        files = map(Path, entry.get("rater_files", ()))
+        raters[case] = {file.name.removesuffix(ending).rpartition(SEPARATOR)[2]: file for file in files}
         folders.add(prediction.parent)
     means = {names.get(key, key): _numbers(row) for key, row in content["mean"].items()}
     tolerance = content.get("tolerance_mm")
@@ -82,7 +93,23 @@ def read_evaluation(file: Path, dataset_json: Mapping[str, Any]) -> Evaluation:
         reliability={names.get(key, key): curve for key, curve in content.get("reliability", {}).items()},
         left_out=tuple(_in_words(entry) for entry in content.get("left_out", ())),
         tolerance_mm=math.nan if tolerance is None else tolerance,
+        raters=raters,
+        agreement={
+            names.get(key, key): {rater: _numbers(row) for rater, row in own.items()}
+            for key, own in content.get("agreement", {}).items()
+        },
+        case_agreement=_read_agreement(file) if content.get("agreement") else {},
     )
+
+
+def _read_agreement(file: Path) -> dict[str, list[tuple[str, str, Measures]]]:
+    """The table beside an evaluation's JSON, empty where it is not there."""
+    table = file.with_name(f"{file.stem}{AGREEMENT}")
+    found: dict[str, list[tuple[str, str, Measures]]] = {}
+    for row in read_rows(table, ("case", "label", "rater", *AGREEMENT_HEADINGS)) if table.is_file() else ():
+        numbers = {column: float(row[column] or "nan") for column in AGREEMENT_HEADINGS}
+        found.setdefault(row["case"], []).append((row["label"], row["rater"], numbers))
+    return found
 
 
 def label_names(dataset_json: Mapping[str, Any]) -> dict[str, str]:

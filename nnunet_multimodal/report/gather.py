@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate.cases import CaseFiles, Settings, find_cases, read_settings
 from nnunet_multimodal.images import list_channels, read_json
 from nnunet_multimodal.preprocessing import channel_names
+from nnunet_multimodal.raters.files import find_raters
 from nnunet_multimodal.report.evaluations import (
     Evaluation,
     Subsets,
@@ -28,6 +30,7 @@ TABLES = ("contributions", "complementary_weights", "uncertainty", "attribution"
 MAP_FOLDERS = ("uncertainty", "complementary", "attribution")
 MAP_ENDING = ".nii.gz"
 DEFAULT_TOLERANCE_MM = 1.0  # of a measure that is not used here
+VOLUME_KEYS = {"ml": "volume_ml", "voxels": "voxels"}  # of CASE.json
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,27 @@ class Predictions:
         return sorted({*self.files, *measured})
 
     @property
+    def labels(self) -> list[str]:
+        """Those whose volumes are known."""
+        return list(dict.fromkeys(label for own in self.summaries.values() for label in own.get("labels", {})))
+
+    @property
     def trainers(self) -> list[str]:
         """Those that CASE.json names."""
         return sorted({str(summary["trainer"]) for summary in self.summaries.values() if "trainer" in summary})
+
+    def volume(self, case: str, label: str, unit: str) -> Mapping[str, float]:
+        """``prediction``, ``p2.5``, … of CASE.json; empty where it tells none in this unit, or what is no number."""
+        told = self.summaries.get(case, {}).get("labels", {}).get(label, {}).get(VOLUME_KEYS[unit]) or {}
+        return told if all(isinstance(v, int | float) and math.isfinite(v) for v in told.values()) else {}
+
+    def voxel_size(self, case: str, unit: str) -> float | None:
+        """A voxel in this unit; None where it is not known."""
+        summary = self.summaries.get(case, {})
+        if unit == "voxels":
+            return 1.0
+        physical = any(self.volume(case, label, unit) for label in summary.get("labels", {}))
+        return math.prod(summary["spacing"]) / 1000 if physical and "spacing" in summary else None
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,7 @@ class Study:
     Attributes:
         images: case -> channel's name -> file.
         references: case -> file.
+        raters: case -> rater's name -> file, of those that count.
     """
 
     models: tuple[TrainedModel, ...] = ()
@@ -89,48 +111,62 @@ class Study:
     explanations: tuple[Explanation, ...] = ()
     images: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
     references: Mapping[str, Path] = field(default_factory=dict)
+    raters: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
 
     @property
     def cases(self) -> list[str]:
         """Cases of all predictions."""
         return sorted({case for run in self.predictions for case in run.cases})
 
+    @property
+    def unit(self) -> str:
+        """Of volumes: ml, or voxels where no prediction has a physical size."""
+        volumes = [
+            run.volume(c, label, "ml") for run in self.predictions for c in run.summaries for label in run.labels
+        ]
+        return "ml" if any(volumes) or not any(run.summaries for run in self.predictions) else "voxels"
 
-def gather_study(results: Sequence[Path], images: Path | None, references: Path | None) -> Study:
+
+def gather_study(
+    results: Sequence[Path], images: Path | None, references: Path | None, raters: Path | None = None
+) -> Study:
     """Everything below the folders (or evaluation files) that were named.
 
     Raises:
         UserError: one of them is not there or holds nothing that this page shows, or a file of it cannot be read.
     """
+    for flag, folder in (("-i", images), ("-ref", references), ("--raters", raters)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{flag} {folder} is not a folder")
     found: dict[str, list[Path]] = {kind: [] for kind in KINDS}
-    alone = []
+    alone: list[Path] = []
     for path in results:
         if path.is_file() and is_evaluation(read_json(path)):
-            alone.append(path)
+            alone += [] if path in alone else [path]
             continue
         if not path.is_dir():
             raise UserError(f"{path} is neither a folder nor an evaluation's JSON; name what a command wrote")
-        before = sum(map(len, found.values()))
-        for kind, folder in _walk(path, DEPTH):
-            if folder not in found[kind]:
-                found[kind].append(folder)
-        if sum(map(len, found.values())) == before:
+        below = list(_walk(path, DEPTH))
+        if not below:
             raise UserError(
                 f"{path} holds no model, prediction, evaluation or explanation (searched {DEPTH} folders deep); name "
                 "what training, predict, evaluate or explain wrote"
             )
-    names = short_names([folder for kind in ("predictions", "subsets", "explanation") for folder in found[kind]])
+        for kind, folder in below:
+            found[kind] += [] if folder in found[kind] else [folder]
+    folders = [folder for kind in ("predictions", "subsets", "explanation") for folder in found[kind]]
+    names = short_names([*folders, *alone])
     predictions = [read_predictions(folder, names[folder]) for folder in found["predictions"]]
     for file in alone:
-        predictions = _with_evaluation(predictions, file)
-    study = Study(
+        predictions = _with_evaluation(predictions, file, names[file])
+    return Study(
         tuple(read_model(folder) for folder in found["model"]),
         tuple(predictions),
         tuple(read_subsets(folder / "subsets.csv", names[folder]) for folder in found["subsets"]),
         tuple(read_explanation(folder, names[folder]) for folder in found["explanation"]),
-    )
-    return replace(
-        study, images=_find_images(images, predictions), references=_find_references(references, predictions)
+        _find_images(images, predictions),
+        _find_references(references, predictions),
+        _find_raters(raters, predictions),
     )
 
 
@@ -194,7 +230,7 @@ def read_predictions(folder: Path, name: str) -> Predictions:
     )
 
 
-def _with_evaluation(predictions: Sequence[Predictions], file: Path) -> list[Predictions]:
+def _with_evaluation(predictions: Sequence[Predictions], file: Path, name: str) -> list[Predictions]:
     """An evaluation that lies elsewhere, given to the predictions that it measures; else it stands alone."""
     named = read_evaluation(file, {}).predicted
     for index, run in enumerate(predictions):
@@ -202,7 +238,9 @@ def _with_evaluation(predictions: Sequence[Predictions], file: Path) -> list[Pre
         if named is not None and named.resolve() in folders:
             own = replace(run, evaluation=read_evaluation(file, run.dataset_json))
             return [*predictions[:index], own, *predictions[index + 1 :]]
-    return [*predictions, Predictions(file.stem, evaluation=read_evaluation(file, {}))]
+    short = name.removesuffix(file.suffix)
+    taken = short in {run.name for run in predictions}
+    return [*predictions, Predictions(name if taken else short, evaluation=read_evaluation(file, {}))]
 
 
 def find_maps(folder: Path, cases: Iterable[str]) -> dict[str, dict[str, Path]]:
@@ -245,14 +283,18 @@ def read_explanation(folder: Path, name: str) -> Explanation:
     return Explanation(name, tables, maps)
 
 
+def image_names(dataset_json: Mapping[str, Any]) -> list[str]:
+    """The channels' names, with their numbers where several have the same."""
+    names = channel_names(dict(dataset_json))
+    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
+
+
 def _find_images(folder: Path | None, predictions: Sequence[Predictions]) -> dict[str, dict[str, Path]]:
     """Case -> channel -> file, of the cases that are predicted."""
     described = next((run for run in predictions if run.settings is not None), None)
     if folder is None or described is None or described.settings is None:
         return {}
-    if not folder.is_dir():
-        raise UserError(f"-i {folder} is not a folder")
-    names, ending = channel_names(dict(described.dataset_json)), described.settings.ending
+    names, ending = image_names(described.dataset_json), described.settings.ending
     found = list_channels(folder, ending, len(names))
     wanted = {case for run in predictions for case in run.files}
     return {
@@ -264,8 +306,6 @@ def _find_images(folder: Path | None, predictions: Sequence[Predictions]) -> dic
 
 def _find_references(folder: Path | None, predictions: Sequence[Predictions]) -> dict[str, Path]:
     """Case -> reference: of the folder, or where an evaluation says that it lay."""
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"-ref {folder} is not a folder")
     references: dict[str, Path] = {}
     for run in predictions:
         for case, files in run.files.items():
@@ -274,3 +314,22 @@ def _find_references(folder: Path | None, predictions: Sequence[Predictions]) ->
             if file is not None and file.is_file():
                 references.setdefault(case, file)
     return references
+
+
+def _find_raters(folder: Path | None, predictions: Sequence[Predictions]) -> dict[str, dict[str, Path]]:
+    """Case -> name -> file of each rater that counts: of the folder, or where an evaluation says that they lay.
+
+    Raises:
+        UserError: what :func:`find_raters` refuses.
+    """
+    raters: dict[str, dict[str, Path]] = {}
+    for run in predictions:
+        named: Mapping[str, Mapping[str, Path]] = run.evaluation.raters if run.evaluation else {}
+        if folder is not None and run.settings is not None:
+            there = find_raters(folder, run.settings.ending)
+            named = {case: {r.name: r.file for r in of_case if r.weight} for case, of_case in there.items()}
+        for case in run.files:
+            files = {name: file for name, file in named.get(case, {}).items() if file.is_file()}
+            if files:
+                raters.setdefault(case, files)
+    return raters

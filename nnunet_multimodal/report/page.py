@@ -19,24 +19,28 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from nnunet_multimodal.evaluate.report import FOREGROUND, HEADINGS
+from nnunet_multimodal.evaluate.agreement import HEADINGS as AGREEMENT_HEADINGS
+from nnunet_multimodal.evaluate.report import FOREGROUND, HEADINGS, LEGEND, SHOWN_OF_FIRST
 from nnunet_multimodal.lookup import split_length
+from nnunet_multimodal.metrics.case import DISTRIBUTION
 from nnunet_multimodal.report import plots
-from nnunet_multimodal.report.evaluations import AVERAGE, SubsetCell, Subsets
+from nnunet_multimodal.report.evaluations import AVERAGE, Evaluation, Measures, SubsetCell, Subsets
 from nnunet_multimodal.report.gather import Predictions, Study
 
 HERE = Path(__file__).parent
 PACKAGES = ("nnunet-multimodal", "nnunetv2", "torch", "numpy")
 SCRIPTS = ("volumes.js", "case.js", "numbers.js", "viewer.js")
 CASE_COLUMNS = ("Dice", "HD95_mm", "NSD", "GED2", "ECE")
+RATER_COLUMNS = ("rater_Dice", "interrater_Dice")  # the latter only of several raters
 INKS = ("#ffffff", "#1b1f24")  # on the darker and the lighter half of the colour map
 SCRIPT_SAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 class Heat(NamedTuple):
-    """A cell of the table of subsets: text, tooltip, and its colours, empty without a value."""
+    """A cell of the table of subsets: text, interval, tooltip, and its colours, empty without a value."""
 
     text: str
+    interval: str
     title: str
     background: str = ""
     ink: str = ""
@@ -57,7 +61,9 @@ def render(study: Study, views: Sequence[Mapping[str, Any]], title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "breakable": breakable}
+    environment.filters |= {"number": number, "sortable": sortable, "breakable": breakable}
+    columns = case_columns(study)
+    raters = {view["case"]: view["rater_voxels"] for view in views}
     return environment.get_template("page.html").render(
         title=title,
         study=study,
@@ -67,17 +73,23 @@ def render(study: Study, views: Sequence[Mapping[str, Any]], title: str) -> str:
         script=script(),
         viewer=viewer() if views else "",
         licences=(HERE / "static" / "NIIVUE_LICENSES.txt").read_text() if views else "",
-        data=safe_json({"cases": case_data(study), "runs": [run.name for run in study.predictions]}),
+        data=safe_json(
+            {"cases": case_data(study, raters), "runs": [run.name for run in study.predictions], "unit": study.unit}
+        ),
         views=[safe_json(view) for view in views],
-        view_names=[view["case"] for view in views],
+        view_of={view["case"]: index for index, view in enumerate(views)},
         shrunk=_shrunk(views),
-        headings=HEADINGS,
-        foreground=FOREGROUND,
-        means=mean_table(study),
+        oriented=any(view["oriented"] for view in views),
+        headings=headings(study),
+        agreement_headings=AGREEMENT_HEADINGS,
+        legend=LEGEND.strip(),
+        means=mean_table(study, columns),
+        distribution=mean_table(study, distribution_columns(study)),
+        agreement=agreement_table(study),
         heat=[heat_table(subsets, metric) for subsets in study.subsets for metric in subsets.values("metric")],
-        case_columns=[column for column in CASE_COLUMNS if any(_has(run, column) for run in study.predictions)],
+        case_columns=columns,
         rows=case_rows(study),
-        **_plots(study),
+        **_plots(study, raters),
         contributions=mean_contributions(study),
         plans=plan_groups(study),
     )
@@ -115,29 +127,78 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
+def sortable(value: float | None) -> str:
+    """What the script sorts a cell by; empty where there is no number."""
+    return "" if value is None or not math.isfinite(value) else str(value)
+
+
 def breakable(text: str) -> Markup:
     """A long name that may break after _, / and + and before capitals."""
     return Markup("<wbr>").join(re.split(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[_/+])", text))
 
 
-def mean_table(study: Study) -> dict[str, Any]:
-    """Columns, and a row for each evaluated folder and label: what ``evaluate`` prints, of all folders."""
-    evaluated = [(run, run.evaluation) for run in study.predictions if run.evaluation]
+def case_columns(study: Study) -> list[str]:
+    """What the tables of folders and of cases show of an evaluation, as far as there is any."""
+    several = any(_has(run, RATER_COLUMNS[1]) for run in study.predictions)
+    wanted = (*CASE_COLUMNS, *RATER_COLUMNS) if several else CASE_COLUMNS
+    return [column for column in wanted if any(_has(run, column) for run in study.predictions)]
+
+
+def distribution_columns(study: Study) -> list[str]:
+    """Of samples and raters, with those of the first so many samples (GED2_16) behind those of all."""
+    found = {c for run in study.predictions if run.evaluation for row in run.evaluation.mean.values() for c in row}
+    first = sorted({int(c.rpartition("_")[2]) for c in found if re.fullmatch(rf"({'|'.join(SHOWN_OF_FIRST)})_\d+", c)})
+    every = [column for column in HEADINGS if column in DISTRIBUTION]
+    return [own for c in every for own in (c, *(f"{c}_{n}" for n in first if c in SHOWN_OF_FIRST)) if own in found]
+
+
+def headings(study: Study) -> dict[str, str]:
+    """Column -> heading, with the tolerance of the normalised surface distance if it is the same everywhere."""
+    found = {run.evaluation.tolerance_mm for run in study.predictions if run.evaluation and run.evaluation.has("NSD")}
+    named = {c: c.rpartition("_") for c in distribution_columns(study) if c not in HEADINGS}
+    return {
+        **HEADINGS,
+        **{column: f"{HEADINGS[measure]} {number}" for column, (measure, _, number) in named.items()},
+        "NSD": f"{HEADINGS['NSD']} {found.pop():g} mm" if len(found) == 1 else HEADINGS["NSD"],
+    }
+
+
+def mean_table(study: Study, columns: Sequence[str]) -> dict[str, Any]:
+    """Columns that have a number, and each evaluated folder's rows: of its labels, and their mean if there are more."""
+    evaluated = [(run.name, run.evaluation) for run in study.predictions if run.evaluation]
     found = [row for _, evaluation in evaluated for row in evaluation.mean.values()]
-    columns = [c for c in HEADINGS if any(math.isfinite(row.get(c, math.nan)) for row in found)]
-    rows = []
-    for run, evaluation in evaluated:
-        labels = [*evaluation.labels, FOREGROUND] if len(evaluation.labels) > 1 else list(evaluation.labels)
-        rows += [
-            {
-                "run": run.name,
-                "label": "mean" if label == FOREGROUND else label,
-                "cases": len(evaluation.cases),
-                "values": [evaluation.mean[label].get(column) for column in columns],
-            }
-            for label in labels
-        ]
-    return {"columns": columns, "rows": rows}
+    columns = [c for c in columns if any(math.isfinite(row.get(c, math.nan)) for row in found)]
+    groups = [
+        {"run": name, "cases": len(evaluation.cases), "rows": _rows(evaluation.mean, evaluation, columns)}
+        for name, evaluation in evaluated
+    ]
+    return {"columns": columns, "groups": groups if columns else []}
+
+
+def agreement_table(study: Study) -> list[dict[str, Any]]:
+    """Each folder's rows: label, rater, number of cases, and the means over them."""
+    return [
+        {
+            "run": run.name,
+            "rows": [
+                ("mean" if label == FOREGROUND else label, rater, row["cases"], [row[c] for c in AGREEMENT_HEADINGS])
+                for label, raters in run.evaluation.agreement.items()
+                if label != FOREGROUND or len(run.evaluation.labels) > 1
+                for rater, row in raters.items()
+            ],
+        }
+        for run in study.predictions
+        if run.evaluation and run.evaluation.agreement
+    ]
+
+
+def _rows(
+    measured: Mapping[str, Measures], evaluation: Evaluation, columns: Sequence[str]
+) -> list[tuple[str, list[float | None]]]:
+    """Label and its numbers; of several labels their mean too."""
+    labels = [*evaluation.labels, FOREGROUND] if len(evaluation.labels) > 1 else list(evaluation.labels)
+    there = [label for label in labels if label in measured]
+    return [("mean" if k == FOREGROUND else k, [measured[k].get(column) for column in columns]) for k in there]
 
 
 def _has(run: Predictions, column: str) -> bool:
@@ -160,24 +221,32 @@ def case_rows(study: Study) -> list[dict[str, Any]]:
                         "label": label,
                         "absent": ", ".join(summary.get("absent", ())),
                         "measures": measured.get(label, {}),
-                        "volume": (summary.get("labels", {}).get(label, {}).get("volume_ml") or {}),
+                        "volume": run.volume(case, label, study.unit),
                         "shown": case in run.files,
                     }
                 )
     return rows
 
 
-def case_data(study: Study) -> dict[str, Any]:
-    """What the script tells of a case beside its pictures: volumes and contributions."""
+def case_data(study: Study, raters: Mapping[str, Mapping[str, Sequence[int | None]]]) -> dict[str, Any]:
+    """What the script tells of a case beside its pictures: volumes, agreement with the raters, contributions.
+
+    Args:
+        study: what is on disk.
+        raters: case -> label -> voxels of each rater.
+    """
     data: dict[str, Any] = {case: {"runs": {}, "explained": []} for case in study.cases}
     for run in study.predictions:
         for case in run.cases:
             summary = run.summaries.get(case, {})
             data[case]["runs"][run.name] = {
                 "labels": summary.get("labels", {}),
-                "references_ml": {
-                    label: plots.reference_volume_ml(run, case, label) for label in summary.get("labels", {})
+                "references": {
+                    label: plots.reference_volume(run, case, label, study.unit) for label in summary.get("labels", {})
                 },
+                "raters": plots.rater_volumes(run, case, raters.get(case, {}), study.unit),
+                "distribution": distribution(run, case),
+                "agreement": agreement(run, case),
                 "absent": summary.get("absent", []),
                 "samples": summary.get("samples"),
                 "drawn_from": summary.get("drawn_from", ""),
@@ -189,6 +258,24 @@ def case_data(study: Study) -> dict[str, Any]:
                 if row["case"] in data:
                     data[row["case"]]["explained"].append({**row, "table": table, "from": explanation.name})
     return data
+
+
+def distribution(run: Predictions, case: str) -> dict[str, Any] | None:
+    """Of a case: headings, and rows of what the evaluation tells of samples and raters; None if it tells nothing."""
+    measured = run.evaluation.cases.get(case, {}) if run.evaluation else {}
+    every = [column for column in HEADINGS if column in DISTRIBUTION]
+    columns = [c for c in every if any(math.isfinite(row.get(c, math.nan)) for row in measured.values())]
+    if run.evaluation is None or not columns:
+        return None
+    return {"columns": [HEADINGS[c] for c in columns], "rows": _rows(measured, run.evaluation, columns)}
+
+
+def agreement(run: Predictions, case: str) -> dict[str, Any] | None:
+    """Of a case: headings, and label, rater and numbers of what the evaluation tells of every rater."""
+    found = run.evaluation.case_agreement.get(case, ()) if run.evaluation else ()
+    own = [(label, rater, row) for label, rater, row in found if label != FOREGROUND]
+    rows = [(label, rater, [row[column] for column in AGREEMENT_HEADINGS]) for label, rater, row in own]
+    return {"columns": list(AGREEMENT_HEADINGS.values()), "rows": rows} if rows else None
 
 
 def heat_table(subsets: Subsets, metric: str) -> dict[str, Any]:
@@ -218,16 +305,18 @@ def heat_table(subsets: Subsets, metric: str) -> dict[str, Any]:
 
 def _heat(cell: SubsetCell | None, metric: str, low: float, high: float) -> Heat:
     if cell is None or not math.isfinite(cell.mean):
-        return Heat("–", "no value")
+        return Heat("–", "", "no value")
     digits = 3 if metric == "Dice" else 1
-    interval = f"95 % [{number(cell.low, digits)}, {number(cell.high, digits)}], {cell.n:g} cases"
+    interval = f"{number(cell.low, digits)} to {number(cell.high, digits)}"
+    title = f"{cell.n:g} cases"
     if cell.without_value:
-        interval += f", {cell.without_value:g} without a distance"
+        title += f", {cell.without_value:g} without a distance"
     if math.isfinite(cell.p_holm):
-        interval += f", p against the baseline {cell.p_holm:.3g} (Holm)"
+        title += f", p against the baseline {cell.p_holm:.3g} (Holm)"
     star = "*" if cell.p_holm < 0.05 else ""
     share = (cell.mean - low) / ((high - low) or 1)
-    return Heat(number(cell.mean, digits) + star, interval, to_hex(colormaps["cividis"](share)), INKS[share > 0.5])
+    colour = to_hex(colormaps["cividis"](share))
+    return Heat(number(cell.mean, digits) + star, interval, title, colour, INKS[share > 0.5])
 
 
 def plan_groups(study: Study) -> list[dict[str, Any]]:
@@ -260,15 +349,13 @@ def mean_contributions(study: Study) -> list[dict[str, Any]]:
     return tables
 
 
-def _plots(study: Study) -> dict[str, Any]:
+def _plots(study: Study, raters: Mapping[str, Mapping[str, Sequence[int | None]]]) -> dict[str, Any]:
     """Data URIs; empty where there is nothing to draw."""
     runs = study.predictions
     calibrated = [(run.name, run.evaluation) for run in runs if run.evaluation and run.evaluation.reliability]
     sampled = any(_has(run, "sample_Dice_q50") for run in runs)
-    labels = dict.fromkeys(
-        label for run in runs for summary in run.summaries.values() for label in summary.get("labels", {})
-    )
-    volumes = {label: plots.volumes(runs, label) for label in labels}
+    labels = dict.fromkeys(label for run in runs for label in run.labels)
+    volumes = {label: plots.volumes(runs, label, study.unit, raters) for label in labels}
     trained = [model for model in study.models if any(fold.epochs for fold in model.folds)]
     return {
         "training_plot": plots.training_curves(trained) if trained else "",

@@ -6,8 +6,8 @@ import base64
 import io
 import math
 import textwrap
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -20,16 +20,27 @@ from nnunet_multimodal.report.gather import Predictions
 from nnunet_multimodal.report.models import TrainedModel
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"  # one more than colours: both come back together after 56
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "report",
+    "font.size": 9,
+    "text.parse_math": False,
+}  # the same page from the same results
+PANELS = 4  # side by side
 SAMPLE_COLUMNS = ("sample_Dice_q05", "sample_Dice_q50", "sample_Dice_q95")
 
 
+@rc_context(STYLE)
 def training_curves(models: Sequence[TrainedModel]) -> str:
     """Losses and nnU-Net's pseudo Dice of every fold, by epochs; a data URI."""
     figure = _figure(9.5, 3.6)
     losses, dice = figure.subplots(1, 2)
     number = 0
+    trainers = [model.trainer for model in models]
     for model in models:
+        name = model.trainer
+        if trainers.count(name) > 1:
+            name = f"{model.dataset}, {name}, {model.plans}, {model.configuration}"
         for fold in model.folds:
             if not fold.epochs:
                 continue
@@ -38,7 +49,7 @@ def training_curves(models: Sequence[TrainedModel]) -> str:
             own = {"marker": MARKERS[number % len(MARKERS)], "markersize": 4, "markevery": max(1, len(epochs) // 8)}
             losses.plot(epochs[:, 0], epochs[:, 1], **style, **own)
             losses.plot(epochs[:, 0], epochs[:, 2], **style, linestyle=":")
-            dice.plot(epochs[:, 0], epochs[:, 3], label=f"{model.trainer}, fold {fold.name}", **style, **own)
+            dice.plot(epochs[:, 0], epochs[:, 3], label=f"{name}, fold {fold.name}", **style, **own)
             number += 1
     losses.set(xlabel="epoch", ylabel="loss", title="loss: training (solid), validation (dotted)")
     dice.set(xlabel="epoch", ylabel="pseudo Dice", title="pseudo Dice, mean over the labels", ylim=(0, 1))
@@ -48,24 +59,30 @@ def training_curves(models: Sequence[TrainedModel]) -> str:
     return _uri(figure)
 
 
+@rc_context(STYLE)
 def reliability(runs: Sequence[Predictions]) -> str:
     """Frequency against predicted probability, a panel for each label; a data URI."""
     labels = list(dict.fromkeys(label for run in runs if run.evaluation for label in run.evaluation.reliability))
-    figure = _figure(3.2 * max(2, len(labels)), 3.6)
-    axes = figure.subplots(1, len(labels), squeeze=False)[0]
-    for axis, label in zip(axes, labels, strict=True):
+    columns = min(PANELS, len(labels))
+    rows = math.ceil(len(labels) / columns)
+    figure = _figure(3.2 * max(2, columns), 3.6 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in axes[len(labels) :]:
+        unused.remove()
+    for axis, label in zip(axes, labels, strict=False):
         axis.plot([0, 1], [0, 1], color="#888888", linewidth=0.8, linestyle="--")
         for index, run in enumerate(runs):
             curve = run.evaluation.reliability.get(label) if run.evaluation else None
             if curve is not None:
                 points = [(c, f) for c, f in zip(curve["confidence"], curve["frequency"], strict=True) if f is not None]
-                axis.plot(*zip(*points, strict=True), label=run.name, **_style(index))
+                axis.plot(*zip(*points, strict=True), label=_shown(run.name), **_style(index))
         axis.set(xlabel="predicted probability", ylabel="frequency in the reference", title=label, aspect="equal")
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    _legend_below(figure, axes[0])
+    _legend_below(figure, *axes[: len(labels)])
     return _uri(figure)
 
 
+@rc_context(STYLE)
 def sample_quality(runs: Sequence[Predictions]) -> str:
     """Dice of the samples (5, 50 and 95 % quantiles) and of the prediction by cases; a data URI."""
     sampled = [(i, run, e) for i, run in enumerate(runs) if (e := run.evaluation) and e.has(SAMPLE_COLUMNS[1])]
@@ -80,54 +97,93 @@ def sample_quality(runs: Sequence[Predictions]) -> str:
         colour = COLOURS[index % len(COLOURS)]
         axis.vlines(x, low, high, color=colour, linewidth=2, alpha=0.6)
         axis.plot(x, middle, "_", color=colour, markersize=9)
-        axis.plot(x, own, MARKERS[index % len(MARKERS)], color=colour, markersize=5, label=run.name)
+        axis.plot(x, own, MARKERS[index % len(MARKERS)], color=colour, markersize=5, label=_shown(run.name))
     axis.set(ylabel="Dice, mean over the labels", ylim=(-0.02, 1.02), title="samples: 5–95 % (bar), median; prediction")
     axis.set_xticks(range(len(cases)), cases, rotation=90 if len(cases) > 6 else 0, fontsize=8)
     _legend_below(figure, axis)
     return _uri(figure)
 
 
-def volumes(runs: Sequence[Predictions], label: str) -> str:
-    """Predicted volume with the samples' interval against the reference's, by cases; a data URI, or "" without any."""
+@rc_context(STYLE)
+def volumes(
+    runs: Sequence[Predictions], label: str, unit: str, raters: Mapping[str, Mapping[str, Sequence[int | None]]]
+) -> str:
+    """Predicted volume with the samples' interval against the reference's, by cases; a data URI, or "" without any.
+
+    Args:
+        runs: folders of predictions.
+        label: whose volumes.
+        unit: ml or voxels.
+        raters: case -> label -> voxels of each rater, drawn from the smallest to the largest.
+    """
     figure = _figure(4.6, 4.4)
     axis = figure.subplots()
-    largest = highest = 0.0
-    for index, run in enumerate(runs):
-        points = [point for case in run.summaries if (point := volume_point(run, case, label)) is not None]
-        if not points:
-            continue
-        truth, own, low, high = np.array(points).T
-        largest, highest = max(largest, np.max([truth, own])), max(highest, np.max(high))
-        axis.vlines(truth, low, high, color=COLOURS[index % len(COLOURS)], linewidth=1.5, alpha=0.6)
-        axis.plot(truth, own, label=run.name, **{**_style(index), "linestyle": ""})
+    points = [volume_points(run, label, unit, raters) for run in runs]
+    found = [point for own in points for point in own]
+    largest = max((max(point.reference, point.predicted, *point.raters) for point in found), default=0.0)
     if not largest:
         return ""
+    highest = max(point.high for point in found)
+    for index, (run, own) in enumerate(zip(runs, points, strict=True)):
+        if not own:
+            continue
+        colour, aside = COLOURS[index % len(COLOURS)], (index - (len(runs) - 1) / 2) * 0.008 * largest
+        x, y = np.array([point.reference for point in own]) + aside, np.array([point.predicted for point in own])
+        axis.vlines(x, [point.low for point in own], [point.high for point in own], color=colour, lw=1.5, alpha=0.6)
+        rated = [point for point in own if point.raters]
+        low, high = [min(point.raters) for point in rated], [max(point.raters) for point in rated]
+        axis.hlines([point.predicted for point in rated], low, high, color=colour, lw=1.5, linestyle=":", alpha=0.8)
+        axis.plot(x, y, label=_shown(run.name), **{**_style(index), "linestyle": ""})
     axis.plot([0, 1.05 * largest], [0, 1.05 * largest], color="#888888", linewidth=0.8, linestyle="--")
     axis.set(
-        xlabel="volume of the reference (ml)", ylabel="predicted volume (ml), bar: 95 % of the samples", title=label
+        xlabel=f"volume of the reference ({unit})",
+        ylabel=f"predicted volume ({unit}), bar: 95 % of the samples",
+        title=label,
     )
-    axis.set(xlim=(0, 1.05 * largest), ylim=(0, 1.05 * np.clip(highest, largest, 2 * largest)))
+    axis.set(xlim=(-0.02 * largest, 1.05 * largest), ylim=(0, 1.05 * np.clip(highest, largest, 2 * largest)))
     _legend_below(figure, axis)
     return _uri(figure)
 
 
-def volume_point(run: Predictions, case: str, label: str) -> tuple[float, float, float, float] | None:
-    """Reference's volume, predicted one, and 2.5 and 97.5 % of the samples', in ml; None where one is not known."""
-    own = run.summaries.get(case, {}).get("labels", {}).get(label, {}).get("volume_ml")
-    truth = reference_volume_ml(run, case, label)
-    if own is None or truth is None:
-        return None
-    return truth, own["prediction"], own["p2.5"], own["p97.5"]
+class VolumePoint(NamedTuple):
+    """Volumes of a label in a case: reference, prediction, 2.5 and 97.5 % of the samples, each rater's."""
+
+    reference: float
+    predicted: float
+    low: float
+    high: float
+    raters: Sequence[float]
 
 
-def reference_volume_ml(run: Predictions, case: str, label: str) -> float | None:
+def volume_points(
+    run: Predictions, label: str, unit: str, raters: Mapping[str, Mapping[str, Sequence[int | None]]]
+) -> list[VolumePoint]:
+    """Of the cases of which prediction and reference are known."""
+    points = []
+    for case in run.summaries:
+        own, reference = run.volume(case, label, unit), reference_volume(run, case, label, unit)
+        if own and reference is not None:
+            every = rater_volumes(run, case, raters.get(case, {}), unit).get(label, ())
+            known = [volume for volume in every if volume is not None]
+            points.append(VolumePoint(reference, own["prediction"], own["p2.5"], own["p97.5"], known))
+    return points
+
+
+def reference_volume(run: Predictions, case: str, label: str, unit: str) -> float | None:
     """From the evaluation's voxels and the voxels' size in CASE.json."""
-    measured = run.evaluation.cases.get(case, {}).get(label, {}) if run.evaluation else {}
-    summary = run.summaries.get(case, {})
-    physical = summary.get("labels", {}).get(label, {}).get("volume_ml") is not None
-    if "n_ref" not in measured or not physical or "spacing" not in summary:
-        return None
-    return measured["n_ref"] * math.prod(summary["spacing"]) / 1000
+    voxels = run.evaluation.cases.get(case, {}).get(label, {}).get("n_ref", math.nan) if run.evaluation else math.nan
+    size = run.voxel_size(case, unit)
+    return None if size is None or math.isnan(voxels) else voxels * size
+
+
+def rater_volumes(
+    run: Predictions, case: str, voxels: Mapping[str, Sequence[int | None]], unit: str
+) -> dict[str, list[float | None]]:
+    """Label -> each rater's volume; empty where the voxels' size is not known."""
+    size = run.voxel_size(case, unit)
+    if size is None:
+        return {}
+    return {label: [None if count is None else size * count for count in own] for label, own in voxels.items()}
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -145,21 +201,26 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _legend_below(figure: Figure, axis: Any) -> None:
+def _shown(name: str) -> str:
+    """A name in a legend, from which matplotlib leaves out what begins with _."""
+    return f" {name}" if name.startswith("_") else name
+
+
+def _legend_below(figure: Figure, *axes: Any) -> None:
+    """What the axes draw, each name once."""
     for own in figure.axes:
         own.spines[["top", "right"]].set_visible(False)
         own.grid(alpha=0.25, linewidth=0.6)
         own.title.set_fontsize(9)
-    handles, names = axis.get_legend_handles_labels()
-    if handles:
+    found = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if found:
         room = int(figure.get_figwidth() * 13)  # letters
-        names = [textwrap.fill(name, room - 6) for name in names]
+        names = [textwrap.fill(name, room - 6) for name in found]
         columns = max(1, room // (max(len(line) for name in names for line in name.splitlines()) + 6))
-        figure.legend(handles, names, loc="outside lower left", fontsize=8, ncols=columns, frameon=False)
+        figure.legend(found.values(), names, loc="outside lower left", fontsize=8, ncols=columns, frameon=False)
 
 
 def _uri(figure: Figure) -> str:
     file = io.BytesIO()
-    with rc_context({"svg.hashsalt": "report", "font.size": 9}):  # the same page from the same results
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    figure.savefig(file, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -11,8 +11,9 @@ import gzip
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from PIL import Image
 
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate.cases import Settings, read_label_map
-from nnunet_multimodal.images import geometry_difference, read_images
-from nnunet_multimodal.preprocessing import channel_names, find_placeholders
-from nnunet_multimodal.report.gather import Predictions, Study
+from nnunet_multimodal.images import check_finite, geometry_difference, read_images
+from nnunet_multimodal.preprocessing import find_placeholders
+from nnunet_multimodal.report.gather import Predictions, Study, image_names
 
 MAX_VOXELS = 3 * 2**19  # of a volume on the page
 MIN_VOXELS = 2**12
@@ -66,7 +67,13 @@ class Drawn:
 
 @dataclass(frozen=True, eq=False)
 class CaseVolumes:
-    """All volumes of a case on one grid; ``windows`` are the values that are black and white."""
+    """All volumes of a case on one grid.
+
+    Attributes:
+        windows: channel -> the values that are black and white.
+        raters: name -> label map (Z, Y, X).
+        rater_voxels: label -> voxels of each rater, None of one who says nothing.
+    """
 
     case: str
     grid: Grid
@@ -76,6 +83,8 @@ class CaseVolumes:
     reference: np.ndarray | None
     runs: Mapping[str, Drawn]
     maps: Mapping[str, np.ndarray]
+    raters: Mapping[str, np.ndarray] = field(default_factory=dict)
+    rater_voxels: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
 
 
 def grid_of(shape: Sequence[int], properties: Mapping[str, Any]) -> Grid:
@@ -165,20 +174,44 @@ def read_case(study: Study, case: str, max_samples: int) -> CaseVolumes | None:
         samples = tuple(read(file, run.settings) for file in files.samples[:max_samples])
         maps = read_maps(run.maps.get(case, {}))
         drawn[run.name] = Drawn(read(files.prediction, run.settings), samples, maps)
-    explained = {name: file for e in study.explanations for name, file in e.maps.get(case, {}).items()}
     reference = study.references.get(case)
     images = _read_images(study.images.get(case, {}), settings, like)
     windows = {name: _window(runs[0], name, image) for name, image in images.items()}
+    labels = {name: value if isinstance(value, tuple) else (value,) for name, value in _labels(settings).items()}
+    raters = {name: read(file, settings) for name, file in study.raters.get(case, {}).items()}
     return CaseVolumes(
         case,
         turned,
-        {name: value if isinstance(value, tuple) else (value,) for name, value in _labels(settings).items()},
+        labels,
         {name: to_patient_axes(image, grid)[0] for name, image in images.items()},
         windows,
         None if reference is None else read(reference, settings),
         drawn,
-        read_maps(explained),
+        read_maps(_explained(study, case)),
+        raters,
+        _count(raters, labels, settings.ignore_label),
     )
+
+
+def _explained(study: Study, case: str) -> dict[str, Path]:
+    """Name -> map of all explanations; those of the same name are told apart by their folders."""
+    maps = [(name, own.name, file) for own in study.explanations for name, file in own.maps.get(case, {}).items()]
+    times = Counter(name for name, _, _ in maps)
+    return {f"{name} ({folder})" if times[name] > 1 else name: file for name, folder, file in maps}
+
+
+def _count(
+    raters: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[int]], ignore_label: int | None
+) -> dict[str, list[int | None]]:
+    """Label -> voxels of each rater; None of one who ignores all of them."""
+    says = [ignore_label is None or bool((own != ignore_label).any()) for own in raters.values()]
+    return {
+        label: [
+            int(np.isin(own, values).sum()) if said else None for own, said in zip(raters.values(), says, strict=True)
+        ]
+        for label, values in labels.items()
+        if raters
+    }
 
 
 def _labels(settings: Settings) -> dict[str, Any]:
@@ -206,6 +239,7 @@ def _read_map(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A map that our commands wrote beside a label map, (Z, Y, X)."""
     image: Any = nibabel.load(file)
     array = np.asarray(image.dataobj, np.float32).T
+    check_finite(file, array)
     if array.size != math.prod(shape):
         raise UserError(f"{file} has shape {array.shape} and its label map {shape}; predict it again, or take it away")
     return np.abs(array.reshape(shape))
@@ -213,7 +247,7 @@ def _read_map(file: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 def _window(run: Predictions, channel: str, image: np.ndarray) -> tuple[float, float]:
     """Black and white: of CT what nnU-Net's normalisation keeps, of others two percentiles."""
-    names = channel_names(dict(run.dataset_json))
+    names = image_names(run.dataset_json)
     index = names.index(channel) if channel in names else -1
     schemes = [c.get("normalization_schemes", ()) for c in run.plans_json.get("configurations", {}).values()]
     known = run.plans_json.get("foreground_intensity_properties_per_channel", {}).get(str(index))
@@ -253,7 +287,7 @@ def _encode(volumes: CaseVolumes, factors: tuple[int, ...]) -> dict[str, Any]:
         return _base64(gzip.compress(np.searchsorted(values, small).astype(np.uint8).tobytes(), mtime=0))
 
     every = [own for run in volumes.runs.values() for own in (run.prediction, *run.samples)]
-    every += [] if volumes.reference is None else [volumes.reference]
+    every += [*volumes.raters.values(), *([] if volumes.reference is None else [volumes.reference])]
     values = np.unique(np.concatenate([np.unique(array) for array in every]))
     return {
         "case": volumes.case,
@@ -263,12 +297,15 @@ def _encode(volumes: CaseVolumes, factors: tuple[int, ...]) -> dict[str, Any]:
         "affine": (grid.affine @ scale).tolist(),
         "oriented": grid.oriented,
         "columns": columns,
-        "labels": {
-            name: [int(np.searchsorted(values, value)) for value in own if value in values]
+        "labels": [  # not an object: a script's objects have names that are numbers first
+            [name, [int(np.searchsorted(values, value)) for value in own if value in values]]
             for name, own in volumes.labels.items()
-        },
+        ],
         "images": [{"name": name, **image(array, *volumes.windows[name])} for name, array in volumes.images.items()],
         "reference": None if volumes.reference is None else labels([volumes.reference]),
+        "raters": list(volumes.raters),
+        "rater_labels": labels(list(volumes.raters.values())) if volumes.raters else None,
+        "rater_voxels": volumes.rater_voxels,
         "maps": maps(volumes.maps),
         "runs": {
             name: {

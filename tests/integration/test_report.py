@@ -1,149 +1,26 @@
-"""The report in a real browser: headless Chromium over its debugging pipe, which needs no driver library."""
+"""The report in a real browser."""
 
 import base64
-import fcntl
 import json
-import os
+import math
 import re
 import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nnunet_multimodal.cli import main
-from tests.unit.test_report import CASES, LABEL, make_study
-
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
-TIMEOUT_S = 240  # on a machine with other work to do
-KEYS = {"Enter": 13, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "Space": 32}
-
-
-class Browser:
-    """A page in headless Chromium, and what it wrote to its console."""
-
-    def __init__(self, profile: Path, width: int = 1200, height: int = 900) -> None:
-        to_child, self._write = os.pipe()
-        self._read, from_child = os.pipe()
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (to_child, from_child)]
-        self._process = subprocess.Popen(
-            [
-                CHROMIUM, "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--remote-debugging-pipe",
-                "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--hide-scrollbars", "--no-first-run",
-                f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank",
-            ],
-            preexec_fn=lambda: (os.dup2(high[0], 3), os.dup2(high[1], 4)),
-            close_fds=False,
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        for fd in (to_child, from_child, *high):
-            os.close(fd)
-        self._buffer, self._number, self._session = b"", 0, None
-        self.problems: list[str] = []
-        self.requests: list[str] = []
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Runtime", "Log", "Page", "Network"):
-            self.send(f"{domain}.enable")
-        self.resize(width, height)
-
-    def send(self, method: str, **params):
-        """A command of the protocol and its result."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._receive()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer["error"]
-                return answer["result"]
-            self._note(answer)
-
-    def _receive(self):
-        while b"\0" not in self._buffer:
-            part = os.read(self._read, 1 << 20)
-            assert part, "Chromium has ended"
-            self._buffer += part
-        text, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(text)
-
-    def _note(self, event) -> None:
-        params = event.get("params", {})
-        if event["method"] == "Runtime.exceptionThrown":
-            self.problems.append(json.dumps(params["exceptionDetails"]))
-        elif event["method"] == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-            self.problems.append(json.dumps(params["args"]))
-        elif event["method"] == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-            if "GPU stall" not in params["entry"]["text"]:  # of reading the pictures of software WebGL
-                self.problems.append(json.dumps(params["entry"]))
-        elif event["method"] == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
-
-    def open(self, file: Path) -> None:
-        """Open a file and wait for the first case's picture, if the page has pictures."""
-        self.send("Page.navigate", url=file.resolve().as_uri())
-        self.wait("document.readyState === 'complete'")
-        self.wait("!document.querySelector('script.view') || document.querySelector('#panels canvas')")
-
-    def run(self, script: str):
-        """The value of an expression (its promise is awaited)."""
-        result = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in result, result["exceptionDetails"]
-        return result["result"].get("value")
-
-    def wait(self, condition: str) -> None:
-        """Until a condition holds; a browser that never gets there fails the test."""
-        script = f"""new Promise((done, fail) => {{
-            const end = Date.now() + {TIMEOUT_S * 1000};
-            const late = () => fail(new Error('not: ' + {json.dumps(condition)}));
-            const look = () => ({condition}) ? done(true) : Date.now() > end ? late() : setTimeout(look, 20);
-            look();
-        }})"""
-        self.run(script)
-
-    def key(self, name: str) -> None:
-        """Press a key where the focus is."""
-        text = {"Enter": "\r", "Space": " "}.get(name)
-        code = {"key": " " if name == "Space" else name, "code": name, "windowsVirtualKeyCode": KEYS[name]}
-        self.send("Input.dispatchKeyEvent", type="keyDown", **code, **({"text": text} if text else {}))
-        self.send("Input.dispatchKeyEvent", type="keyUp", **code)
-
-    def resize(self, width: int, height: int) -> None:
-        """The window's size in pixels."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-
-    def screenshot(self, file: Path, selector: str = "body") -> None:
-        """A PNG of an element, beyond the window too."""
-        box = self.run(
-            f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            " return {x: b.left + scrollX, y: b.top + scrollY, width: b.width, height: b.height, scale: 1} })()"
-        )
-        found = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=box)
-        file.write_bytes(base64.b64decode(found["data"]))
-
-    def close(self) -> None:
-        """End the browser."""
-        self._session = None
-        self.send("Browser.close")
-        self._process.wait(TIMEOUT_S)
-        os.close(self._write)
-        os.close(self._read)
-
+from tests.browser import CHROMIUM, Browser
+from tests.unit.report.study import CASES, LABEL, RATERS, SHAPE, SPACING_MM, make_flat, make_study, rated
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium found; install it to test the report in a browser")
-EVIL = "evil<img src=x onerror=window.hacked=1>"
+EVIL = "evil  \"'<img src=x onerror=window.hacked=1>"  # two spaces, which HTML makes one
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The page of the small study, with one case whose name is markup."""
-    root = make_study(tmp_path_factory.mktemp("study"), (*CASES[:2], EVIL))
+    """The page of the small study with raters, with one case whose name is markup."""
+    root = make_study(tmp_path_factory.mktemp("study"), (*CASES[:2], EVIL), raters=True)
     assert main(["report", str(root / "results"), "-i", str(root / "images"), "-o", str(root / "r.html")]) == 0
     return root / "r.html"
 
@@ -156,16 +33,22 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture
-def browser(shared, page):
-    """The page, just opened; at the end nothing may have gone wrong, and nothing may have been asked of a network."""
+def clean(shared):
+    """At the end nothing may have gone wrong, and nothing may have been asked of a network."""
     shared.problems.clear()
     shared.requests.clear()
     shared.resize(1200, 900)
-    shared.open(page)
     yield shared
+    assert shared.run("window.hacked") is None
     assert not shared.problems
     assert not [url for url in shared.requests if not url.startswith(("file:", "data:", "blob:"))]
-    assert shared.run("window.hacked") is None
+
+
+@pytest.fixture
+def browser(clean, page):
+    """The page, just opened."""
+    clean.open(page)
+    return clean
 
 
 def column(browser, index):
@@ -185,6 +68,19 @@ def pixels(browser, selector="#panels canvas"):
     )
 
 
+def text(browser, name):
+    return browser.run(f"document.getElementById('{name}').textContent")
+
+
+def is_visible(browser, name):
+    return browser.run(f"document.getElementById('{name}').checkVisibility()")
+
+
+def settle(browser, milliseconds=100):
+    """Wait until the page has drawn."""
+    browser.run(f"new Promise((done) => setTimeout(done, {milliseconds}))")
+
+
 def set_value(browser, name, value, event="input"):
     browser.run(
         f"(() => {{ const e = document.getElementById('{name}'); e.value = {json.dumps(value)};"
@@ -197,8 +93,15 @@ def test_names_are_text(browser):
     assert browser.run("document.querySelector('img[src=x]')") is None
     set_value(browser, "view-case", "2", "change")
     browser.wait(f"document.getElementById('view-title').textContent.startsWith({json.dumps(EVIL)})")
-    assert LABEL in browser.run("document.getElementById('legend').textContent")
-    assert LABEL in browser.run("document.getElementById('volume-chart').textContent")
+    for name in ("legend", "volume-chart", "agreement-table"):
+        assert LABEL in text(browser, name)
+    browser.run("document.querySelector('tr[data-case=case_10] button').click()")
+    browser.wait("document.getElementById('view-title').textContent.startsWith('case_10')")
+    browser.run("document.querySelector('tr[data-case^=evil] button').click()")
+    browser.wait(f"document.getElementById('view-title').textContent.startsWith({json.dumps(EVIL)})")
+    for name, value in (("filter-run", "predictions"), ("filter-label", LABEL)):
+        set_value(browser, name, value)
+        assert len(column(browser, 0)) == 3
 
 
 def test_sorting_by_mouse_and_keyboard(browser):
@@ -215,6 +118,10 @@ def test_sorting_by_mouse_and_keyboard(browser):
     assert browser.run(f"{head}.getAttribute('aria-sort')") == "descending"
     browser.run("document.querySelector('#case-table thead button').click()")  # by case, as people count
     assert column(browser, 0) == ["case_1", "case_10", EVIL]
+    absent = browser.run("document.querySelectorAll('#case-table thead th').length") - 1
+    for _ in range(2):  # empty cells come last, whichever way
+        browser.run(f"document.querySelectorAll('#case-table thead th')[{absent}].querySelector('button').click()")
+        assert column(browser, absent) == ["PET", "", ""]
 
 
 def test_filtering(browser):
@@ -224,6 +131,13 @@ def test_filtering(browser):
     values = sorted(map(float, column(browser, 3)))
     set_value(browser, "filter-dice", str((values[0] + values[1]) / 2))
     assert [float(value) for value in column(browser, 3)] == values[:1]
+    set_value(browser, "filter-dice", "")
+    for order in (values, values[::-1]):  # what is filtered is sorted, and what is sorted stays filtered
+        browser.run("document.querySelectorAll('#case-table thead th')[3].querySelector('button').click()")
+        assert [float(value) for value in column(browser, 3)] == order
+    set_value(browser, "filter-text", "nobody")
+    assert column(browser, 0) == []
+    assert text(browser, "case-count") == "0 of 3 rows"
     browser.run("document.querySelector('#case-filter button[type=reset]').click()")
     browser.wait("document.getElementById('case-count').textContent === '3 of 3 rows'")
     assert len(column(browser, 0)) == 3
@@ -232,11 +146,13 @@ def test_filtering(browser):
 def test_sliders_and_overlays(browser):
     assert browser.run("document.querySelectorAll('#panels canvas').length") == 2
     assert browser.run("document.getElementById('slice-text').textContent") == "2 of 6"  # the first of the box's
+    set_value(browser, "view-rater", "none", "change")
+    settle(browser)
     _, labelled = pixels(browser)
     assert labelled > 1000
     for name in ("show-prediction", "show-reference"):
         browser.run(f"document.getElementById('{name}').click()")
-        browser.run("new Promise((done) => setTimeout(done, 100))")
+        settle(browser)
         _, fewer = pixels(browser)
         assert fewer < labelled
         labelled = fewer
@@ -245,6 +161,7 @@ def test_sliders_and_overlays(browser):
     browser.run("document.getElementById('view-slice').focus()")
     browser.key("ArrowRight")
     browser.wait("document.getElementById('slice-text').textContent === '3 of 6'")
+    assert browser.run("document.getElementById('view-slice').getAttribute('aria-valuetext')") == "3 of 6"
     assert pixels(browser)[0] != grey
     set_value(browser, "view-sample", "3")
     browser.wait("document.getElementById('sample-text').textContent === '3 of 3'")
@@ -254,29 +171,158 @@ def test_sliders_and_overlays(browser):
     set_value(browser, "view-map", "entropy", "change")
     browser.wait("document.getElementById('legend').textContent.includes('entropy: 0 to 0.700')")
     assert pixels(browser) != before
-    for plane, text in (("1", "of 10"), ("2", "of 12"), ("0", "of 6")):
+    for plane, end in (("1", "of 10"), ("2", "of 12"), ("0", "of 6")):
         set_value(browser, "view-plane", plane, "change")
-        browser.wait(f"document.getElementById('slice-text').textContent.endsWith('{text}')")
+        browser.wait(f"document.getElementById('slice-text').textContent.endsWith('{end}')")
 
 
 def test_a_row_opens_its_case(browser):
     browser.run("document.querySelector('tr[data-case=case_10] button.show').click()")
     browser.wait("document.getElementById('view-title').textContent === 'case_10, predictions'")
     assert browser.run("document.querySelector('tr.chosen').dataset.case") == "case_10"
+    assert browser.run("document.querySelectorAll('tr[aria-current=true]').length") == 1
+    row = "[...document.querySelectorAll('#contribution-table tbody tr > *')].map((e) => e.textContent)"
+    assert browser.run(row) == ["1", LABEL, "–", "–", "0.500", "–", "–"]
     set_value(browser, "view-case", "0", "change")
     browser.wait("document.getElementById('contribution-table').textContent.includes('0.750')")
 
 
+def test_a_name_opens_its_case_by_keyboard(browser):
+    browser.run("document.querySelector('tr[data-case=case_10] button.show').focus()")
+    browser.key("Enter")
+    browser.wait("document.activeElement.id === 'view-slice'")
+    assert text(browser, "view-title") == "case_10, predictions"
+    for _ in range(8):  # no further than the last slice
+        browser.key("ArrowRight")
+    browser.wait("document.getElementById('slice-text').textContent === '6 of 6'")
+
+
+def test_raters_are_drawn(browser):
+    for name in ("show-prediction", "show-reference"):
+        browser.run(f"document.getElementById('{name}').click()")
+    assert browser.run("[...document.getElementById('view-rater').options].map((e) => e.text)") == [
+        "all",
+        *RATERS,
+        "none",
+    ]
+    drawn = {}
+    for value in ("none", "rater A", f"rater {RATERS[1]}", "all"):
+        set_value(browser, "view-rater", value, "change")
+        settle(browser)
+        drawn[value] = pixels(browser)[1]
+        names = {"none": "", "all": ", ".join(RATERS)}.get(value, value.removeprefix("rater "))
+        assert text(browser, "legend") == LABEL + (f"raters {names}" if names else "")
+    assert drawn["none"] == 0 < min(drawn["rater A"], drawn[f"rater {RATERS[1]}"])
+    assert max(drawn["rater A"], drawn[f"rater {RATERS[1]}"]) < drawn["all"]
+    numbers = text(browser, "volume-chart")
+    assert f"raters {', '.join(RATERS)}" in numbers
+    ml = [rated(rater).sum() * math.prod(SPACING_MM) / 1000 for rater in RATERS]
+    assert ", ".join(f"{value:.1f}" for value in ml) in numbers
+    assert browser.run("document.querySelectorAll('#volume-chart circle').length") == 1 + len(RATERS)
+    assert "raters' own" in text(browser, "agreement-table")
+    raters = (
+        "[...document.querySelectorAll('#agreement-table table:last-of-type tr')].map((e) => e.cells[1].textContent)"
+    )
+    assert browser.run(raters)[-len(RATERS) :] == list(RATERS)
+    assert "rater A" in browser.run("[...document.getElementById('viewer-overlay').options].map((e) => e.value)")
+
+
+def test_lines_have_no_gaps_along_slopes(browser):
+    for name in ("show-prediction", "show-reference"):
+        browser.run(f"document.getElementById('{name}').click()")
+    set_value(browser, "view-rater", f"rater {RATERS[1]}", "change")
+    settle(browser)
+    x, y = 9.5 / SHAPE[2], 0.5 / SHAPE[1]  # where the slope begins; it goes left and down, a voxel each
+    orange = browser.run(
+        "(() => { const c = document.querySelector('#panels canvas'), { width, height } = c;"
+        " const { data } = c.getContext('2d').getImageData(0, 0, width, height), found = [];"
+        " for (let i = 0; i < data.length; i += 4) if (data[i] > data[i + 2] + 40)"
+        " found.push([(i / 4) % width / width, Math.floor(i / 4 / width) / height]); return found })()"
+    )
+    for voxel in range(1, 9):
+        near = np.abs(np.array(orange) - (x - voxel / SHAPE[2], y + voxel / SHAPE[1])).max(1)
+        assert near.min() < 0.06
+
+
+def test_what_was_chosen_stays_as_far_as_it_can(browser):
+    set_value(browser, "viewer-overlay", "none", "change")
+    set_value(browser, "view-rater", "rater A", "change")
+    set_value(browser, "view-case", "1", "change")
+    browser.run("document.getElementById('view-largest').click()")  # while the case is still being read
+    browser.run("document.getElementById('viewer-open').click()")
+    browser.wait("document.getElementById('view-title').textContent.startsWith('case_10')")
+    assert browser.run("document.getElementById('viewer-overlay').value") == "none"
+    assert browser.run("document.getElementById('view-rater').value") == "rater A"
+
+
+def test_what_the_browser_kept_over_a_reload_counts(clean, page):
+    kept = {"filter-text": "case_10", "view-case": "1"}  # set once the controls are there, before the script runs
+    source = (
+        f"new MutationObserver((_, own) => {{ if (!document.getElementById('view-contrast')) return; own.disconnect();"
+        f" for (const [id, value] of Object.entries({json.dumps(kept)})) document.getElementById(id).value = value;"
+        " }).observe(document, { childList: true, subtree: true })"
+    )
+    script = clean.send("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
+    clean.open(page)
+    clean.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+    assert clean.run("document.getElementById('view-case').value") == "1"
+    assert text(clean, "view-title") == "case_10, predictions"
+    assert column(clean, 0) == ["case_10"]
+
+
+def test_a_flat_case_without_anything_else(clean, tmp_path):
+    make_flat(tmp_path)
+    shutil.rmtree(tmp_path / "p" / "samples")
+    assert main(["report", str(tmp_path / "p"), "-o", str(tmp_path / "r.html")]) == 0
+    clean.open(tmp_path / "r.html")
+    for name in (
+        "view-plane",
+        "view-slice",
+        "view-largest",
+        "view-sample",
+        "show-reference",
+        "view-rater",
+        "view-label",
+    ):
+        assert not is_visible(clean, name)
+    assert text(clean, "legend") == f"{LABEL}prediction"
+    assert pixels(clean)[1] > 1000
+    clean.run("document.querySelector('button.show').click()")
+    clean.wait("document.activeElement.id === 'view-case'")
+    assert "Volumes in voxels" in text(clean, "volume-chart")
+    assert "No measures of samples or raters" in text(clean, "agreement-table")
+
+
+def test_an_evaluation_alone_has_no_pictures(clean, tmp_path):
+    rows = [{"case": name, "metrics": {"1": {"Dice": dice}}, "prediction_file": "p/a", "reference_file": "r/a"}
+            for name, dice in (("b", 0.5), ("a", None))]  # fmt: skip
+    content = {"metric_per_case": rows, "mean": {"1": {"Dice": 0.5}}, "foreground_mean": {"Dice": 0.5}}
+    (tmp_path / "e.json").write_text(json.dumps(content))
+    assert main(["report", str(tmp_path / "e.json"), "-o", str(tmp_path / "r.html")]) == 0
+    clean.open(tmp_path / "r.html")
+    clean.run("document.querySelectorAll('#case-table thead button')[3].click()")
+    assert column(clean, 3) == ["0.500", "–"]
+    assert clean.run("document.querySelectorAll('button.show, canvas').length") == 0
+
+
 def test_viewer_shows_the_volume(browser, tmp_path):
     browser.resize(500, 500)  # its WebGL is computed by the processor
-    browser.run("document.getElementById('viewer-open').click()")
+    for _ in range(2):  # and still one viewer
+        browser.run("document.getElementById('viewer-open').click()")
     browser.wait("!/Opening|shows the case/.test(document.getElementById('viewer-state').textContent)")
     assert browser.run("document.getElementById('viewer-state').textContent").startswith("Click or drag")
-    browser.run("new Promise((done) => setTimeout(done, 500))")
+    assert browser.run("document.querySelectorAll('head script').length") == 1
+    settle(browser, 500)
     browser.screenshot(tmp_path / "viewer.png", "#viewer-box")
     assert _orange(tmp_path / "viewer.png") > 100
-    set_value(browser, "viewer-overlay", "", "change")
-    browser.run("new Promise((done) => setTimeout(done, 500))")
+    browser.run("document.getElementById('viewer').focus()")
+    for key in ("ArrowLeft", "ArrowLeft", "PageUp", "ArrowUp"):
+        browser.key(key)
+    settle(browser, 500)
+    browser.screenshot(tmp_path / "moved.png", "#viewer-box")
+    assert (_read(tmp_path / "moved.png") != _read(tmp_path / "viewer.png")).any()
+    set_value(browser, "viewer-overlay", "none", "change")
+    settle(browser, 500)
     browser.screenshot(tmp_path / "plain.png", "#viewer-box")
     plain = _read(tmp_path / "plain.png")
     assert plain.std() > 10  # the image
@@ -297,11 +343,19 @@ def _orange(file):
     return int(((red > blue + 40) & (green > blue + 20)).sum())
 
 
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("width", [1300, 800, 390])
 def test_the_page_is_no_wider_than_the_window(browser, width):
     browser.resize(width, 800)
-    browser.run("new Promise((done) => setTimeout(done, 100))")
+    settle(browser)
     assert browser.run("document.documentElement.scrollWidth") <= width
+    wide = browser.run(
+        "[...document.querySelectorAll('table')].map((e) => [e, e.parentElement])"
+        ".filter(([e, box]) => e.scrollWidth > box.clientWidth).map(([e, box]) => { box.scrollLeft = box.scrollWidth;"
+        " const [first, left] = [e.querySelector('tbody th'), box].map((own) => own.getBoundingClientRect().left);"
+        " return [box.tabIndex, box.scrollLeft > 0, first === left] })"
+    )
+    assert wide == [[0, True, True]] * len(wide)  # they scroll in their own box, but for the first column
+    assert wide or width > 800
 
 
 def test_every_control_has_a_name_and_is_reached_by_keyboard(browser):
@@ -323,7 +377,12 @@ def test_it_prints_tables_and_pictures_without_controls(browser, tmp_path):
         controls = "[...document.querySelectorAll('nav, input, select, button')]"
         assert browser.run(f"{controls}.every((e) => !e.checkVisibility() || e.closest('th'))")
         assert browser.run("document.querySelector('#panels canvas').checkVisibility()")
+        browser.resize(700, 900)  # A4 without its margins
+        settle(browser)
+        tables = "[...document.querySelectorAll('table')]"
+        assert browser.run(f"{tables}.filter((e) => e.getBoundingClientRect().right > innerWidth).length") == 0
     finally:
+        browser.resize(1200, 900)
         browser.send("Emulation.setEmulatedMedia", media="")
     pdf = base64.b64decode(browser.send("Page.printToPDF", preferCSSPageSize=True)["data"])
     assert 3 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 9

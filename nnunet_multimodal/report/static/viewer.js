@@ -1,9 +1,11 @@
 // The volume viewer (niivue), and the controls of all.
 // ---- niivue -----------------------------------------------------------------------------------------------------
-const viewer = { ready: false, nv: null, turn: 0 };
+const viewer = { ready: false, opening: false, nv: null, turn: 0 };
 
 async function openViewer() {
   const say = (text) => { byId("viewer-state").textContent = text; };
+  if (viewer.opening || !state.volumes) return;
+  viewer.opening = true; // and stays so: there is one viewer
   try {
     say("Opening …");
     if (!window.niivue) {
@@ -25,14 +27,16 @@ async function openViewer() {
     await viewer.nv.attachToCanvas(canvas);
     viewer.ready = true;
     await fillViewer();
-    say("Click or drag moves, the wheel goes through slices, the right button changes brightness.");
+    say("Click or drag moves, the wheel goes through slices, the right button changes brightness; by keyboard the arrow keys, page up and page down.");
   } catch (error) {
+    viewer.opening = false;
     byId("viewer-box").hidden = true;
     say(`The viewer cannot be opened: ${error.message}. The slices above need no WebGL.`);
   }
 }
 
 async function fillViewer() {
+  if (!state.volumes) return; // of a case that is still being read
   const turn = ++viewer.turn;
   const { niivue } = window;
   const { view, volumes } = state;
@@ -41,9 +45,10 @@ async function fillViewer() {
   const layers = [[volumes.images[index] ?? new Uint8Array(volumes.prediction.length), "image", 1]];
   const overlay = byId("viewer-overlay").value;
   const map = maps().find((one) => `map ${one.name}` === overlay);
-  if (map) layers.push([await volume(`map ${state.run} ${map.name}`, () => unfold(view, map.data)), "map", opacity]);
-  const array = { prediction: volumes.prediction, reference: volumes.reference, sample: sample() }[overlay];
+  const array = overlay.startsWith("rater ") ? rater(overlay)
+    : { prediction: volumes.prediction, reference: volumes.reference, sample: sample() }[overlay];
   if (array) layers.push([array, overlay, opacity]);
+  if (map) layers.push([await volume(`map ${state.run} ${map.name}`, () => unfold(view, map.data)), "map", opacity]);
   const images = await Promise.all(layers.map(async ([array, name, visible]) => {
     const own = await niivue.NVImage.new(nifti(view, array), `${name}.nii`, name === "map" ? "viridis" : "gray", visible);
     if (name === "image") return Object.assign(own, { cal_min: 0, cal_max: 255 });
@@ -60,35 +65,51 @@ async function fillViewer() {
 
 function labelColours(view) { // niivue's colour table of the label map's indices
   const table = { R: [0], G: [0], B: [0], A: [0], I: [0], labels: ["background"] };
-  const most = Math.max(1, ...Object.values(view.labels).flat());
+  const most = Math.max(1, ...view.labels.flatMap(([, indices]) => indices));
   for (let value = 1; value <= most; value++) {
-    const own = Object.values(view.labels).findLastIndex((indices) => indices.includes(value));
+    const own = view.labels.findLastIndex(([, indices]) => indices.includes(value));
     const colour = own < 0 ? [0, 0, 0] : colourOf(own);
     ["R", "G", "B"].forEach((channel, i) => table[channel].push(colour[i]));
     table.A.push(own < 0 ? 0 : 255);
     table.I.push(value);
-    table.labels.push(Object.keys(view.labels)[own] ?? "");
+    table.labels.push(view.labels[own]?.[0] ?? "");
   }
   return table;
+}
+
+// right, front and up on the screen, in voxels towards the patient's right, front and head
+const STEPS = { ArrowRight: [-1, 0, 0], ArrowLeft: [1, 0, 0], ArrowUp: [0, 1, 0], ArrowDown: [0, -1, 0], PageUp: [0, 0, 1],
+  PageDown: [0, 0, -1] };
+const TURN = 5; // degrees
+
+function steer(event) {
+  const step = STEPS[event.key];
+  if (!viewer.ready || !step) return;
+  event.preventDefault();
+  const { scene } = viewer.nv;
+  if (byId("viewer-type").value !== "4") viewer.nv.moveCrosshairInVox(...step);
+  else viewer.nv.setRenderAzimuthElevation(scene.renderAzimuth - TURN * step[0], scene.renderElevation + TURN * step[1]);
 }
 
 function start() {
   const on = (id, event, action) => byId(id).addEventListener(event, action);
   on("view-case", "change", (event) => openCase(Number(event.target.value), state.run));
   on("view-run", "change", (event) => openCase(state.index, event.target.value));
-  on("view-plane", "change", () => { setPlane(true); draw(); });
-  on("view-largest", "click", () => { byId("view-slice").value = largestSlice(); draw(); });
-  for (const id of ["view-slice", "view-sample", "view-brightness", "view-contrast"]) on(id, "input", draw);
-  for (const id of ["show-reference", "show-prediction", "show-samples", "view-map"]) on(id, "change", draw);
-  on("view-sample", "input", () => {
-    byId("show-samples").checked = true;
+  const toLargest = () => {
+    if (state.volumes) setPlane(true);
     draw();
-  });
-  on("view-sample", "change", () => { if (viewer.ready) fillViewer(); });
+  };
+  on("view-plane", "change", toLargest);
+  on("view-largest", "click", toLargest);
+  on("view-rater", "change", (event) => { state.rater = event.target.value; });
+  on("view-sample", "input", () => { byId("show-samples").checked = true; });
+  for (const id of ["view-slice", "view-sample", "view-brightness", "view-contrast"]) on(id, "input", draw);
+  for (const id of ["show-reference", "show-prediction", "show-samples", "view-rater", "view-label", "view-map"]) on(id, "change", draw);
   on("viewer-open", "click", openViewer);
-  for (const id of ["viewer-image", "viewer-overlay", "viewer-type", "viewer-opacity"]) {
+  on("viewer", "keydown", steer);
+  for (const id of ["view-sample", "viewer-image", "viewer-overlay", "viewer-type", "viewer-opacity"]) {
     on(id, "change", () => { if (viewer.ready) fillViewer(); });
   }
-  openCase(0, data.runs[0]);
+  openCase(Number(byId("view-case").value), data.runs[0]); // a browser may have kept what was chosen before
 }
 if (viewScripts.length) start();
