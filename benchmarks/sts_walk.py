@@ -8,7 +8,6 @@ one of these lacks a modality. The work folder keeps everything, the report amon
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from time import perf_counter
 
 import _common as common
+from _missing_sections import read_table
 from tqdm import tqdm
 
 DATA = "sts_petct_mr"
@@ -109,14 +109,15 @@ def main() -> None:
                 (work / "download" / folder).rename(work / "raw" / DATASET / folder)
         seconds[name] = round(perf_counter() - start)
     evaluation = json.loads((work / "predictions" / "evaluation.json").read_text())
-    with (work / "subsets" / "subsets.csv").open(newline="") as file:
-        subsets = list(csv.DictReader(file))
+    dice = {
+        Path(case["prediction_file"]).name.removesuffix(".nii.gz"): case["metrics"]["1"]["Dice"]
+        for case in evaluation["metric_per_case"]
+    }
     figures = {
         "seconds": seconds,
-        "absent": absent,
-        "cases": evaluation["metric_per_case"],
-        "subsets": subsets,
-        "report_MB": round((work / "report.html").stat().st_size / 1e6, 1),
+        "cases": {case: {"absent": absent.get(case, ""), "Dice": value} for case, value in dice.items()},
+        "subsets": read_table(work / "subsets" / "subsets.csv"),
+        "report_mb": round((work / "report.html").stat().st_size / 1e6, 1),
     }
     common.write(args, "sts_walk", figures)
 
