@@ -39,12 +39,13 @@ def nnunet_suite(result: Result, table: Table) -> str:
         for trainer, own in result["trainers"].items()
     ]
     outcomes = [cell for _, *cells in rows for cell in cells]
-    seconds = sum(scenario["seconds"] for own in result["trainers"].values() for scenario in own.values())
+    scenarios = [scenario for own in result["trainers"].values() for scenario in own.values()]
+    seconds, commits = sum(s["seconds"] for s in scenarios), dict.fromkeys(s["commit"] for s in scenarios)
     text = [
         "The integration test in miniature: five folds of `2d`, `3d_lowres`, `3d_fullres` and the cascade on five",
         "synthetic cases, one step each; best configuration, ensemble, postprocessing, inference with five folds.",
         f"{outcomes.count('passed')} of {len(outcomes)} scenarios passed, of {len(rows)} trainers out of",
-        f"{result['trainers_there_are']}; {seconds / 3600:.1f} hours of tests in all.",
+        f"{result['trainers_there_are']}; {seconds / 3600:.1f} hours of tests in all; commits {', '.join(commits)}.",
         "",
         table(("trainer", *(kind.replace("_", " + ") for kind in kinds)), rows),
     ]
