@@ -25,12 +25,17 @@ TRAINERS = ("nnUNetTrainer", *COMBINATIONS)
 
 
 def run(scenarios: list[tuple[str, str]], processes: int) -> dict[tuple[str, str], dict[str, object]]:
-    """Outcome and seconds of scenarios (trainer, kind of labels)."""
+    """Outcome, seconds and commit of scenarios (trainer, kind of labels)."""
+    described = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=common.ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    commit = described.stdout.strip()
     names = {f"test_from_five_folds_to_the_postprocessed_ensemble[{t}-{kind}]": (t, kind) for t, kind in scenarios}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-m", "", "-n", str(processes), f"--junitxml={report}"]
+            [sys.executable, "-m", "pytest", "-q", "-m", "", "-n", str(processes), "--dist", "load"]
+            + [f"--junitxml={report}"]
             + [f"{TEST}::{name}" for name in names],
             cwd=common.ROOT, check=False,
         )  # fmt: skip
@@ -38,7 +43,8 @@ def run(scenarios: list[tuple[str, str]], processes: int) -> dict[tuple[str, str
         for case in ElementTree.parse(report).iter("testcase"):
             failed = case.find("failure") is not None or case.find("error") is not None
             outcome = "failed" if failed else "skipped" if case.find("skipped") is not None else "passed"
-            found[names[case.get("name", "")]] = {"outcome": outcome, "seconds": round(float(case.get("time", 0)))}
+            cell = {"outcome": outcome, "seconds": round(float(case.get("time", 0))), "commit": commit}
+            found[names[case.get("name", "")]] = cell
     return found
 
 

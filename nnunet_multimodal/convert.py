@@ -27,7 +27,7 @@ from nnunet_multimodal.errors import UserError
 
 # name -> flags that it takes beyond those of all; each is a module of nnunet_multimodal.datasets with read(request)
 CONVERTERS = {
-    "brats": (),
+    "brats": ("labels",),
     "mmwhs": (),
     "autopet": (),
     "hecktor": (),
@@ -66,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--channels", nargs="+", default=[], metavar="NAME=TEXT", help="pattern, bids: the modalities")
     parser.add_argument(
-        "--labels", nargs="+", default=[], metavar="NAME=VALUE", help="pattern, bids: the labels; VALUE+VALUE are one"
+        "--labels",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="pattern, bids: the labels; VALUE+VALUE are one; brats: NAME=4",
     )
     parser.add_argument("--derivatives", metavar="FOLDER", help="bids: where the label maps are")
     parser.add_argument(

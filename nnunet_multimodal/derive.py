@@ -31,7 +31,10 @@ from nnunet_multimodal.preprocessing import PREPROCESSOR
 
 ARCHITECTURES = "dynamic_network_architectures.architectures.unet"
 OURS = ("num_image_channels", "backbone", "head", "backbone_kwargs", "head_kwargs")  # arguments beyond the topology
-# what preprocessed data depend on
+# what preprocessed data depend on: of the plans, and of a configuration
+OF_DATASET = (
+    "foreground_intensity_properties_per_channel", "transpose_forward", "transpose_backward", "image_reader_writer",
+)  # fmt: skip
 PREPROCESSED = (
     "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "resampling_fn_data_kwargs",
     "resampling_fn_seg", "resampling_fn_seg_kwargs",
@@ -104,9 +107,18 @@ def derive(given: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
         name: identifier of the new ones.
 
     Raises:
-        UserError: nothing in common, different encoders, or options of a method that contradict each other.
+        UserError: planned on different data, nothing in common, different encoders, or options of a method that
+            contradict each other.
     """
-    plans = deepcopy(next(iter(given.values())))
+    first, *others = given
+    for other in others:
+        different = [key for key in OF_DATASET if given[other].get(key) != given[first].get(key)]
+        if different:
+            raise UserError(
+                f"{first} and {other} differ in {', '.join(different)}, on which preprocessed data depend: the dataset "
+                "changed in between; plan all of them anew (nnUNetv2_plan_and_preprocess --clean)"
+            )
+    plans = deepcopy(given[first])
     plans["plans_name"] = name
     names = [n for n in plans["configurations"] if all(n in own["configurations"] for own in given.values())]
     complete = {n: {i: PlansManager(own).get_configuration(n).configuration for i, own in given.items()} for n in names}

@@ -16,6 +16,7 @@ from torch import Tensor
 from nnunet_multimodal.losses import Objective
 
 MAX_SKIPPED_STEPS = 10  # in an epoch
+SKIPPED_REMEDY = "Mend what is named here or lower the learning rate, and go on from the last checkpoint with --c"
 LOWEST_USUAL_SCALE = 1.0  # of the loss in half precision
 
 

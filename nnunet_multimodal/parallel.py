@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
 from tqdm import tqdm
+
+from nnunet_multimodal.doctor import cpu_cores
 
 
 def in_parallel(function: Callable[..., Any], items: Sequence[tuple], processes: int, name: str) -> Iterator[Any]:
@@ -18,11 +19,11 @@ def in_parallel(function: Callable[..., Any], items: Sequence[tuple], processes:
     Args:
         function: that a spawned process finds by its name.
         items: its arguments, one tuple for each call.
-        processes: at most; no more than there are CPUs, as each begins with importing torch.
+        processes: at most; no more than this process may use CPUs, as each begins with importing torch.
         name: of what is done, for the progress bar.
     """
     progress = partial(tqdm, total=len(items), desc=name, unit="case")
-    processes = min(processes, len(items), os.cpu_count() or 1)
+    processes = min(processes, len(items), cpu_cores())
     arguments = zip(*items, strict=True)
     if processes <= 1:
         yield from progress(map(function, *arguments) if items else ())

@@ -66,12 +66,23 @@ def label_legend(figure: Figure, names: Sequence[str], more: Mapping[str, str] |
     figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(patches)), frameon=False, fontsize=7)
 
 
-def widest_slice(*label_maps: np.ndarray | None) -> int:
-    """The slice with the most foreground of the first label map (Z, Y, X) that has any; the middle one without any."""
-    given = [labels for labels in label_maps if labels is not None]
-    for labels in given:
-        if (labels > 0).any():
-            return int((labels > 0).reshape(len(labels), -1).sum(1).argmax())
+def foreground(label_map: np.ndarray, values: Sequence[Label]) -> np.ndarray:
+    """Where a label map has any of some labels or regions: neither background nor the ignore label."""
+    return np.isin(label_map, np.hstack([np.ravel(value) for value in values]))
+
+
+def widest_slice(values: Sequence[Label], *label_maps: np.ndarray | None) -> int:
+    """The slice with the most foreground of the first label map (Z, Y, X) that has any; the middle one without any.
+
+    Args:
+        values: of the labels or regions.
+        label_maps: None for one that is not there.
+    """
+    given = [label_map for label_map in label_maps if label_map is not None]
+    for label_map in given:
+        voxels = foreground(label_map, values).reshape(len(label_map), -1).sum(1)
+        if voxels.any():
+            return int(voxels.argmax())
     return len(given[0]) // 2
 
 

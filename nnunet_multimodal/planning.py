@@ -12,12 +12,13 @@ may see), ``modality_dropout`` (options of :class:`~nnunet_multimodal.modalities
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -35,6 +36,7 @@ NETWORK_CLASS = f"{MultimodalUNet.__module__}.{MultimodalUNet.__name__}"
 SHARED_DATA = "nnUNetMultimodalPlans"
 NETWORK_OPTIONS = ("modalities", "dedicated")  # arguments of the network itself
 STOCK_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
+READS, SECONDS_BETWEEN = 5, 0.5  # of a file that another fold may be writing
 
 
 def network_kwargs(configuration_manager: ConfigurationManager, backbone: str, head: str) -> dict[str, Any]:
@@ -117,16 +119,41 @@ def check_same_options(model_plans: Path, configuration: str, part: str, resolve
         resolved: its options now.
 
     Raises:
-        UserError: they differ.
+        UserError: they differ, or plans.json was cut off and there are checkpoints.
     """
-    if not model_plans.is_file():
+    plans = read_model_plans(model_plans)
+    if plans is None:
         return
-    trained = load_json(str(model_plans))["configurations"].get(configuration, {}).get(OPTIONS_KEY, {}).get(part)
+    trained = plans["configurations"].get(configuration, {}).get(OPTIONS_KEY, {}).get(part)
     if trained is not None and trained != resolved:
         raise UserError(
             f"{model_plans}: the model is trained with {part!r} {trained}, and dataset.json and plans now say "
             f"{resolved}; restore them, or train under another plans name (-overwrite_plans_name)"
         )
+
+
+def read_model_plans(file: Path) -> dict[str, Any] | None:
+    """A model's plans.json, which nnU-Net writes in place when a fold begins; None where nothing is trained by it.
+
+    Raises:
+        UserError: it stays unreadable, and there are checkpoints.
+    """
+    error: ValueError | None = None
+    for attempt in range(READS):
+        if attempt:
+            time.sleep(SECONDS_BETWEEN)
+        try:
+            return json.loads(file.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as unreadable:  # not UTF-8 and not JSON are ValueErrors
+            error = unreadable
+    if any(file.parent.glob("fold_*/checkpoint_*.pth")):
+        raise UserError(
+            f"{file} was cut off ({error}); delete it if dataset.json and the plans are those that the checkpoints "
+            "beside it were trained with, and train again: nnU-Net writes it anew"
+        ) from error
+    return None
 
 
 class MultimodalPlannerMixin(ExperimentPlanner):

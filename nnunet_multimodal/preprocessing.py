@@ -30,9 +30,10 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 from tqdm import tqdm
 
-from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.errors import SHOWN, UserError
 from nnunet_multimodal.images import check_finite, check_labels, geometry_difference, read_images, read_seg
 from nnunet_multimodal.raters.preprocessing import save_raters
 
@@ -314,20 +315,31 @@ def check_preprocessed(folder: Path, dataset_json: dict) -> None:
         dataset_json: the dataset's.
 
     Raises:
-        UserError: cases are missing or half written.
+        UserError: cases are missing or half written. They are counted by the raw dataset, or by numTraining where that
+            is not at hand; nnU-Net's gt_segmentations may be those of an earlier, smaller dataset.
     """
-    # nnU-Net writes a case's .pkl last, and gt_segmentations after all cases; old ones may remain there
+    # nnU-Net writes a case's .pkl last
     whole = {file.stem for file in folder.glob("*.pkl") if _is_whole(file)}
     begun = {file.stem.removesuffix("_seg") for ending in ("b2nd", "npz") for file in folder.glob(f"*.{ending}")}
-    truth = {file.name.removesuffix(dataset_json["file_ending"]) for file in folder.parent.glob("gt_segmentations/*")}
-    torn = begun - whole
-    missing = len(whole) < dataset_json["numTraining"] and not (truth and truth <= whole)
-    if torn or missing:
-        named = f"; not whole: {', '.join(sorted((torn | truth) - whole))}" if torn | truth else ""
+    raw = training_cases(folder.parent.name, dataset_json)
+    wrong = sorted((begun | raw) - whole)
+    if wrong or (not raw and len(whole) < dataset_json["numTraining"]):
+        count = f"{len(raw)} in {nnUNet_raw}" if raw else f"{dataset_json['numTraining']} in dataset.json"
+        named = f"; not whole: {', '.join(wrong[:SHOWN])}{' ...' * (len(wrong) > SHOWN)}" if wrong else ""
+        mistaken = "" if raw else f", or correct numTraining in {folder.parent / 'dataset.json'}"
         raise UserError(
-            f"{folder} has {len(whole)} whole cases of {dataset_json['numTraining']} in dataset.json{named}; "
-            "run nnUNetv2_preprocess again"
+            f"{folder} has {len(whole)} whole cases of {count}{named}; run nnUNetv2_preprocess again{mistaken}"
         )
+
+
+def training_cases(dataset_name: str, dataset_json: dict) -> set[str]:
+    """The cases that nnU-Net preprocesses, by its own rules; none where neither dataset.json nor nnUNet_raw tells."""
+    images = Path(nnUNet_raw or "") / dataset_name / "imagesTr"
+    if "dataset" in dataset_json:
+        return set(dataset_json["dataset"])
+    if not nnUNet_raw or not images.is_dir():
+        return set()
+    return set(map(str, get_identifiers_from_splitted_dataset_folder(str(images), dataset_json["file_ending"])))
 
 
 def _is_whole(pickled: Path) -> bool:

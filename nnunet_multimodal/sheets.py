@@ -4,13 +4,14 @@
   nnunet-multimodal sheets compact -i imagesTs -o sheets --kind experts --raters ratersTs
   nnunet-multimodal sheets half whole double -i imagesTs -o sheets --kind manipulated
 
-samples       images, reference or raters, prediction, entropy, and samples whose volumes are spread over all of theirs
-              (Monteiro et al., 2020, Fig. 4)
-uncertainty   the maps on one scale, and where the prediction is wrong
-experts       the heaviest samples with their weights (predict --compact; with --samples 4 they are MoSE's 4 experts)
-manipulated   the same samples from several folders: other --temperature or --class-scale, same --seed (Fig. 6 there)
+  samples       images, reference or raters, prediction, entropy, and samples whose volumes are spread over those of all
+                (Monteiro et al., 2020, Fig. 4)
+  uncertainty   the maps on one scale, and where the prediction is wrong
+  experts       the heaviest samples with their weights (predict --compact; with --samples 4 they are MoSE's 4 experts)
+  manipulated   the same samples from several folders: other --temperature or --class-scale, same --seed (Fig. 6 there)
 
-CASE_KIND.png shows the slice with the most foreground. Samples need predict --save-samples.
+CASE_KIND.png shows the slice with the most foreground. Voxels that the reference ignores are not foreground, and there
+the prediction is not wrong. Samples need predict --save-samples.
 """
 
 from __future__ import annotations
@@ -27,11 +28,19 @@ import SimpleITK
 from tqdm import tqdm
 
 from nnunet_multimodal.errors import UserError
-from nnunet_multimodal.evaluate.cases import files_by_case, group_by_case, read_label_map, read_settings
+from nnunet_multimodal.evaluate.cases import Settings, files_by_case, group_by_case, read_label_map, read_settings
 from nnunet_multimodal.images import geometry_difference, list_channels, read_images, read_json
 from nnunet_multimodal.inference.base import voxel_volume_ml
 from nnunet_multimodal.inference.maps import MAPS
-from nnunet_multimodal.pictures import label_legend, new_figure, outline, save_png, show_image, widest_slice
+from nnunet_multimodal.pictures import (
+    foreground,
+    label_legend,
+    new_figure,
+    outline,
+    save_png,
+    show_image,
+    widest_slice,
+)
 from nnunet_multimodal.preprocessing import channel_names
 from nnunet_multimodal.raters.files import find_raters
 
@@ -147,6 +156,7 @@ class Shown:
         aspect: a voxel's height over its width.
         voxel_ml: its volume; None without a physical size.
         over: the modality that label maps are drawn over.
+        settings: the labels.
     """
 
     case: str
@@ -156,11 +166,12 @@ class Shown:
     aspect: float
     voxel_ml: float | None
     over: str
+    settings: Settings
 
     @cached_property
     def index(self) -> int:
         """The slice that is shown."""
-        return widest_slice(*self.references.values(), self.prediction)
+        return widest_slice(self.settings.labels, *self.references.values(), self.prediction)
 
     @property
     def title(self) -> str:
@@ -177,9 +188,13 @@ class Shown:
         """Of a panel, in units of its width."""
         return self.background.shape[0] * self.aspect / self.background.shape[1]
 
+    def count(self, labels: np.ndarray) -> int:
+        """Voxels of all foreground."""
+        return int(foreground(labels, self.settings.labels).sum())
+
     def volume(self, labels: np.ndarray) -> str:
         """Of all foreground, in words."""
-        voxels = int((labels > 0).sum())
+        voxels = self.count(labels)
         if self.voxel_ml is None:
             return f"{voxels} pixels"
         volume_ml = voxels * self.voxel_ml
@@ -244,13 +259,14 @@ class ImageReader:
             spacing[1] / spacing[2],
             voxel_volume_ml(properties, self.settings.reader.__name__),
             self.over,
+            self.settings,
         )
 
 
 def draw_samples(shown: Shown, folders: Sequence[Folder], count: int, file: Path) -> None:
     """Images, references, prediction, entropy, samples at equally spaced quantiles of volume."""
     folder = folders[0]
-    sizes = [(folder.read_samples(shown.case, [n])[0] > 0).sum() for n in range(len(folder.samples[shown.case]))]
+    sizes = [shown.count(folder.read_samples(shown.case, [n])[0]) for n in range(len(folder.samples[shown.case]))]
     order = np.argsort(sizes, kind="stable")
     numbers = order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)].tolist()
     samples = folder.read_samples(shown.case, numbers)
@@ -286,7 +302,8 @@ def draw_uncertainty(shown: Shown, folders: Sequence[Folder], count: int, file: 
     if reference is not None:
         axis = next(panels)
         show_image(axis, shown.background, "prediction is wrong", shown.aspect)
-        wrong = np.ma.masked_equal(reference[index] != shown.prediction[index], False)
+        wrong = (reference != shown.prediction) & (reference != shown.settings.ignore_label)
+        wrong = np.ma.masked_equal(wrong[index], False)
         axis.imshow(wrong, cmap="autumn", alpha=0.7, aspect=shown.aspect, interpolation="nearest")
     high = max(float(array.max()) for array in maps.values()) or 1.0
     for name, array in maps.items():

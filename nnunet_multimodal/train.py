@@ -33,6 +33,7 @@ from torch import distributed
 from torch.backends import cudnn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_multimodal.doctor import cpu_cores
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import read_json
 
@@ -99,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def local_device(kind: str) -> torch.device:
-    """This process's device, the one of its rank on its machine; threads as nnU-Net has them, shared on CPUs.
+    """This process's device, the one of its rank on its machine; threads as nnU-Net has them.
+
+    On CPUs the processes of a machine share the cores that they may use.
 
     Raises:
         UserError: fewer GPUs than processes, or a kind that several processes cannot train on.
@@ -119,7 +122,7 @@ def local_device(kind: str) -> torch.device:
     if kind == "mps" and "RANK" in os.environ:
         raise UserError("-device mps trains in one process; start it without torchrun")
     if kind == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        torch.set_num_threads(max(1, cpu_cores() // processes))
     return torch.device(kind)
 
 

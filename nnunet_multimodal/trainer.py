@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from nnunet_multimodal.backbones import BACKBONES
-from nnunet_multimodal.checkpoints import check_trainer, other_network, refuse_code
+from nnunet_multimodal.checkpoints import check_trainer, other_network, refuse_code, refuse_layers
 from nnunet_multimodal.doctor import hook_file
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.files import written_beside
@@ -30,6 +31,7 @@ from nnunet_multimodal.network import MultimodalUNet, build, unwrap
 from nnunet_multimodal.nonfinite import (
     LOWEST_USUAL_SCALE,
     MAX_SKIPPED_STEPS,
+    SKIPPED_REMEDY,
     NonFiniteGradientError,
     name_nonfinite_input,
     name_nonfinite_terms,
@@ -104,7 +106,7 @@ class MultimodalTrainer(nnUNetTrainer):
         if hook_file() is not None:  # else nnU-Net's workers would not find our preprocessor
             know_placeholders(self.plans_manager.plans)
         super().initialize()
-        self.skipped_steps = 0
+        self.skipped: list[str] = []
         if self.grad_scaler is None:
             self.optimizer.register_step_pre_hook(refuse_nonfinite_gradients)
 
@@ -117,7 +119,12 @@ class MultimodalTrainer(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The plan's topology with this trainer's backbone and head; a classmethod as nnU-Net's predictor calls it."""
+        """The plan's topology with this trainer's backbone and head; a classmethod as nnU-Net's predictor calls it.
+
+        Raises:
+            UserError: the plans name something for import that is no class of layers.
+        """
+        refuse_layers(f"plans of {plans_manager.dataset_name}", configuration_manager.configuration["architecture"])
         return get_network_from_plans(
             f"{MultimodalUNet.__module__}.{MultimodalUNet.__name__}",
             network_kwargs(configuration_manager, cls.backbone, cls.head),
@@ -188,7 +195,7 @@ class MultimodalTrainer(nnUNetTrainer):
     def on_epoch_start(self) -> None:
         """nnU-Net's, and the loss is told how far the training is."""
         super().on_epoch_start()
-        self.skipped_steps = 0
+        self.skipped = []
         self.loss.step.progress = (self.current_epoch + 1) / self.num_epochs
         self.loss.step.epoch_losses = tuple(self.logger.get_value("train_losses", step=None)[: self.current_epoch])
 
@@ -245,7 +252,16 @@ class MultimodalTrainer(nnUNetTrainer):
             self.loss.step.raters = None
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """nnU-Net's, of the steps that were not skipped; theirs count as the mean of the others."""
+        """nnU-Net's, of the steps that were not skipped; theirs count as the mean of the others.
+
+        Raises:
+            UserError: all steps of the epoch were skipped.
+        """
+        skipped = max(self._skipped_by_process(), key=len)
+        if len(skipped) >= len(train_outputs):
+            raise UserError(
+                f"{skipped[-1]}; all {len(train_outputs)} steps of this epoch were skipped. {SKIPPED_REMEDY}"
+            )
         losses = np.array([output["loss"] for output in train_outputs])
         finite = np.isfinite(losses)
         if finite.any() and not finite.all():  # as many on every process, and in nnU-Net's shape
@@ -264,26 +280,40 @@ class MultimodalTrainer(nnUNetTrainer):
                 )
 
     def _count_skipped(self, batch: dict, images: Tensor) -> None:
-        """Say what was not finite, as far as a second pass shows it."""
-        self.skipped_steps += 1
+        """Say what was not finite, as far as a second pass shows it, if this is the only process."""
         cases = list(map(str, batch["keys"]))
         channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality", {}))
         found = list(name_nonfinite_input(images, cases, list(map(str, channels.values()))))
-        if not self.is_ddp:  # the other processes would not take part in nnU-Net's Dice of the whole batch
+        where, nothing = "", "images and, in a second pass, loss are finite"
+        if self.is_ddp:  # the other processes would not take part in nnU-Net's Dice of the whole batch
+            where = f"process {distributed.get_rank()} of {distributed.get_world_size()}, "
+            nothing = "images are finite; see the other processes' (no second pass looks for terms of the loss)"
+        else:
             with torch.no_grad(), torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
                 found += name_nonfinite_terms(unwrap(self.network), self.loss, batch, self.device)
         message = (
-            f"loss or gradient not finite in epoch {self.current_epoch}, cases {', '.join(cases)}: "
-            f"{'; '.join(found) or 'images and, in a second pass, loss are finite'}"
+            f"loss or gradient not finite in epoch {self.current_epoch}, {where}cases {', '.join(cases)}: "
+            f"{'; '.join(found) or nothing}"
         )
-        self.print_to_log_file(
-            f"Step skipped ({self.skipped_steps} of at most {MAX_SKIPPED_STEPS} an epoch): {message}"
-        )
-        if self.skipped_steps > MAX_SKIPPED_STEPS:
+        self.skipped.append(message)
+        self.print_to_log_file(f"Step skipped ({len(self.skipped)} of at most {MAX_SKIPPED_STEPS} an epoch): {message}")
+        if len(self.skipped) > MAX_SKIPPED_STEPS:
             raise UserError(
-                f"{message}; more than {MAX_SKIPPED_STEPS} steps of this epoch were skipped. Mend what is named here "
-                "or lower the learning rate, and go on from the last checkpoint with --c"
+                f"{message}; more than {MAX_SKIPPED_STEPS} steps of this epoch were skipped. {SKIPPED_REMEDY}"
             )
+
+    def _skipped_by_process(self) -> list[list[str]]:
+        """What each process said of this epoch's skipped steps; the log, which the first one writes, gets the others'.
+
+        All processes must call it.
+        """
+        if not self.is_ddp:
+            return [self.skipped]
+        gathered: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(gathered, self.skipped)
+        for message in itertools.chain(*gathered[1:]):
+            self.print_to_log_file(f"Step skipped: {message}", also_print_to_console=False)
+        return gathered
 
     def _with_raters(self, batch: dict) -> dict:
         """The batch with the target that the policy makes of its raters; the loss is told all of them."""

@@ -51,9 +51,12 @@ def _section(title: str, parser: argparse.ArgumentParser, level: int = 2) -> Ite
         if actions:
             heading = TITLES.get(group.title or "", group.title)
             yield from (f"| {heading} | |", "|---|---|", *(_row(parser, action) for action in actions), "")
+    yield from _description(parser.epilog or "")
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
+            helps = {choice.dest: choice.help for choice in action._choices_actions}
             for name, subparser in action.choices.items():
+                subparser.description = subparser.description or helps.get(name)
                 yield from _section(f"{title} {name}", subparser, level + 1)
 
 
@@ -76,7 +79,7 @@ def _metavar(action: argparse.Action) -> str:
 
 def _description(text: str) -> Iterator[str]:
     """A docstring as Markdown: its indented parts are code."""
-    for paragraph in text.strip().split("\n\n"):
+    for paragraph in filter(None, text.strip().split("\n\n")):
         if all(line.startswith("  ") for line in paragraph.splitlines()):
             code = textwrap.dedent(paragraph)
             yield from (f"```{'bash' if code.startswith(COMMAND_WORDS) else 'text'}", code, "```", "")
@@ -89,7 +92,7 @@ def _cell(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    for character in "*<":
+    for character in "\\*<":
         text = text.replace(character, f"\\{character}")
     return text
 

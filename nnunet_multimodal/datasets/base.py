@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,15 @@ NIFTI = r"\.nii(?:\.gz)?"
 _TEST_FOLDER = re.compile(
     r"(images|labels)Ts|(.*[^a-z])?(test|testing|valid|validation)(data|set)?([^a-z].*)?", re.IGNORECASE
 )
+# imagesTr, train, training_data; imagesVa, val, validation; imagesTs, ct_test, testset
+_PARTS = {
+    part: re.compile(rf"(images|labels)({short})|(.*[^a-z])?({names})(data|set)?([^a-z].*)?", re.IGNORECASE)
+    for part, short, names in (
+        (TRAIN, "Tr", "train|training"),
+        (VALIDATION, "Va|Val", "val|valid|validation"),
+        (TEST, "Ts", "test|testing"),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Source:
         ending: of the files that are written.
         incomplete: what becomes of cases that lack a modality unless the user says otherwise: keep, drop or error.
         irregular: values of label maps that are known to be wrong, and what is said where they are met.
+        advice: what is said after an error of a label map.
         more: further entries of dataset.json.
         remarks: what there is to say of the whole.
         ignored: files that belong to no case.
@@ -83,6 +94,7 @@ class Source:
     ending: str = ".nii.gz"
     incomplete: str = "error"
     irregular: Mapping[int, str] = field(default_factory=dict)
+    advice: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     ignored: tuple[Path, ...] = ()
@@ -127,13 +139,28 @@ class Request:
 def list_files(folder: Path) -> list[Path]:
     """All files below a folder, sorted and relative to it; without hidden ones (and macOS' ``._`` twins).
 
+    Links to folders are followed, but for those that lead back to a folder that they lie in.
+
     Raises:
         UserError: there is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; unpack the download and name the folder that it makes")
-    below = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
-    return [file for file in below if not any(part.startswith(".") or part == "__MACOSX" for part in file.parts)]
+    found = []
+    for path, folders, names in os.walk(folder.absolute(), followlinks=True):
+        here = Path(path)
+        folders[:] = [name for name in folders if not _is_hidden(name) and not _leads_back(here / name)]
+        found += [here / name for name in names if not _is_hidden(name) and (here / name).is_file()]
+    return [file.relative_to(folder.absolute()) for file in sorted(found)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return folder.is_symlink() and any(folder.samefile(parent) for parent in folder.parents)
 
 
 def case_name(*parts: str) -> str:
@@ -149,6 +176,13 @@ def common_ending(files: Iterable[Path]) -> str:
 def is_test(file: Path) -> bool:
     """Whether a folder that a file (relative to the source) lies in is one of test or validation images."""
     return any(_TEST_FOLDER.fullmatch(part) for part in file.parts[:-1])
+
+
+def named_part(files: Iterable[Path]) -> str:
+    """``TEST`` if any folder of files (relative) says so; else what the innermost that says anything does; or empty."""
+    names = [name for file in files for name in reversed(file.parts[:-1])]
+    parts = [part for name in names for part, pattern in _PARTS.items() if pattern.fullmatch(name)]
+    return TEST if TEST in parts else next(iter(parts), "")
 
 
 class Collector:
@@ -214,12 +248,13 @@ class Collector:
 def group_folds(cases: Iterable[SourceCase]) -> list[dict[str, list[str]]] | None:
     """The folds of ``splits_final.json``, of training cases; None where nnU-Net's own will do.
 
-    The source's own split is one fold. Else, if groups have several cases, groups are dealt out to five folds, as
-    nnU-Net deals out cases.
+    The source's own split is one fold; all cases that are not of its validation part are trained on. Else, if groups
+    have several cases, groups are dealt out to five folds, as nnU-Net deals out cases.
     """
     cases = sorted((case for case in cases if case.split != TEST), key=lambda case: case.name)
     if {case.split for case in cases} >= {TRAIN, VALIDATION}:
-        return [{split: [case.name for case in cases if case.split == split] for split in (TRAIN, VALIDATION)}]
+        held_out = [case.name for case in cases if case.split == VALIDATION]
+        return [{TRAIN: [case.name for case in cases if case.split != VALIDATION], VALIDATION: held_out}]
     members: dict[str, list[str]] = {}
     for case in cases:
         members.setdefault(case.group or case.name, []).append(case.name)

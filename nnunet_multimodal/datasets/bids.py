@@ -18,6 +18,8 @@ from nnunet_multimodal.datasets.base import Collector, Request, Source, case_nam
 from nnunet_multimodal.errors import UserError
 
 LABEL = "dseg"
+INDICES = frozenset(("chunk", "echo", "flip", "inv", "run", "split"))  # BIDS counts by these: 01 is 1
+SOURCES = "sourcedata"  # what the tree was made from, such as images with faces
 
 
 class Kind(NamedTuple):
@@ -29,7 +31,7 @@ class Kind(NamedTuple):
 
     def fits(self, suffix: str, entities: Mapping[str, str]) -> bool:
         """Whether a file is of this kind."""
-        has = {(name, str(value).casefold()) for name, value in entities.items()}
+        has = {(name, _value(name, str(value))) for name, value in entities.items()}
         return suffix == self.suffix and set(self.entities) <= has and not set(self.forbidden) & has
 
 
@@ -43,7 +45,12 @@ def parse_kind(text: str) -> Kind:
     pairs = [entity.partition("-") for entity in entities]
     if not suffix or not all(name and value for name, _, value in pairs):
         raise UserError(f"{text!r}: give a BIDS suffix and its entities, such as T1w:ce-gadolinium")
-    return Kind(suffix, tuple((name, value.casefold()) for name, _, value in pairs))
+    return Kind(suffix, tuple((name, _value(name, value)) for name, _, value in pairs))
+
+
+def _value(entity: str, text: str) -> str:
+    """What an entity's value is compared by: without regard to case, numbers without leading zeros."""
+    return str(int(text)) if entity in INDICES and text.isdecimal() else text.casefold()
 
 
 def read(request: Request) -> Source:
@@ -104,7 +111,7 @@ def _told_apart(channels: Mapping[str, Kind]) -> dict[str, Kind]:
 
 
 def _files(folder: Path, scope: str | None) -> Iterable[tuple[Path, str, dict[str, Any]]]:
-    """NIfTI files of a tree: path, suffix, entities; those with a subject."""
+    """NIfTI files of a tree: path, suffix, entities; those with a subject, and none of ``sourcedata``."""
     try:
         import ancpbids
     except ImportError as error:
@@ -113,11 +120,13 @@ def _files(folder: Path, scope: str | None) -> Iterable[tuple[Path, str, dict[st
         raise UserError(f"{folder} is not a folder; --derivatives names one below derivatives/, or any other")
     # a pickle in a stranger's tree would run code
     options = ancpbids.DatasetOptions(ignore_pickle_file=True)
-    dataset = ancpbids.load_dataset(str(folder.resolve()), options)
+    root = folder.resolve()
+    dataset = ancpbids.load_dataset(str(root), options)
     artifacts: Any = dataset.query(extension=[".nii", ".nii.gz"], scope=scope)
     for artifact in sorted(artifacts, key=lambda artifact: artifact.get_absolute_path()):
-        if "sub" in artifact.entities:
-            yield Path(artifact.get_absolute_path()), artifact.suffix, dict(artifact.entities)
+        file = Path(artifact.get_absolute_path())
+        if "sub" in artifact.entities and SOURCES not in file.relative_to(root).parts:
+            yield file, artifact.suffix, dict(artifact.entities)
 
 
 def _case(entities: Mapping[str, Any]) -> str:

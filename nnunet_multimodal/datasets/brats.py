@@ -3,7 +3,7 @@
 Names of 2017 to 2021 are ``CASE/CASE_flair.nii.gz`` (``t1``, ``t1ce``, ``t2``, ``seg``), in 2017 to 2019 below
 ``HGG`` and ``LGG``; label 4 is enhancing tumour and becomes 3. From 2023 on they are ``CASE/CASE-t2f.nii.gz`` (``t1n``,
 ``t1c``, ``t2w``, ``seg``), and enhancing tumour is 3 already. Labels 1 (necrosis, not enhancing) and 2 (oedema) stay
-what they are.
+what they are. Label 4 of 2023 and later has several meanings; ``--labels`` names it and keeps it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from nnunet_multimodal.datasets.base import NIFTI, TEST, Collector, Request, Source, case_name, list_files
+from nnunet_multimodal.datasets.base import (
+    NIFTI,
+    TEST,
+    Collector,
+    Request,
+    Source,
+    case_name,
+    list_files,
+    parse_named,
+)
 from nnunet_multimodal.decomposition import KEY
 from nnunet_multimodal.errors import UserError
 
@@ -34,6 +43,8 @@ DECOMPOSITION = {
 OLD = {"flair": "FLAIR", "t1": "T1", "t1ce": "T1CE", "t2": "T2", "seg": "seg"}
 NEW = {"t2f": "FLAIR", "t1n": "T1", "t1c": "T1CE", "t2w": "T2", "seg": "seg"}
 OLD_VALUES, NEW_VALUES = {0: 0, 1: 1, 2: 2, 4: 3}, {0: 0, 1: 1, 2: 2, 3: 3}
+FOURTH = 4
+ADVICE = "label 4 of adult gliomas of 2024 is the resection cavity: keep it by --labels 'resection cavity=4'"
 SIZES = {"Brats17": 285, "Brats18": 285, "BraTS19": 335, "BraTS20": 369, "BraTS2021": 1251}  # training cases
 
 _OLD = re.compile(rf"(?P<case>.+)_(?P<part>{'|'.join(OLD)}){NIFTI}", re.IGNORECASE)
@@ -46,8 +57,10 @@ def read(request: Request) -> Source:
     """The cases of a BraTS download.
 
     Raises:
-        UserError: none, two files of one kind, or both namings in one case.
+        UserError: none, two files of one kind, both namings in one case, or --labels that name anything but label 4 of
+            2023 and later.
     """
+    fourth = _name_fourth(request.labels)
     found = Collector(request.path)
     is_new: dict[str, bool] = {}
     misnamed: dict[str, list[Path]] = {}
@@ -73,7 +86,7 @@ def read(request: Request) -> Source:
             found.case(
                 name,
                 group=re.sub(r"-\d{3}$", "", name) if after_2022 else "",  # a patient's time points
-                values=NEW_VALUES if after_2022 else OLD_VALUES,
+                values=NEW_VALUES | dict.fromkeys(fourth.values(), FOURTH) if after_2022 else OLD_VALUES,
                 remarks=remarks.get(name.casefold(), ()),
             )
         )
@@ -82,16 +95,34 @@ def read(request: Request) -> Source:
             f"{request.path} has no file named CASE_flair.nii.gz or CASE-t2f.nii.gz; for other names there is the "
             "converter 'pattern'"
         )
+    if fourth and not all(is_new.values()):
+        raise UserError(f"--labels names label 4 of 2023 and later; {request.path} has cases of before")
     return Source(
         name="BraTS",
         channels=CHANNELS,
-        labels=LABELS,
-        regions_class_order=CLASS_ORDER,
+        labels={**LABELS, **fourth},
+        regions_class_order=(*CLASS_ORDER, *fourth.values()),
         cases=tuple(cases),
-        more={"nnunet_multimodal": {KEY: DECOMPOSITION}},
+        # it must name every region, and the paper knows three
+        more={} if fourth else {"nnunet_multimodal": {KEY: DECOMPOSITION}},
+        advice=ADVICE if any(is_new.values()) and not fourth else "",
         remarks=_check_sizes(Counter(case.name.split("_")[0].casefold() for case in cases if case.split != TEST)),
         ignored=tuple(found.ignored),
     )
+
+
+def _name_fourth(texts: tuple[str, ...]) -> dict[str, int]:
+    """``NAME=4`` as a label; nothing if there is none.
+
+    Raises:
+        UserError: anything else, or the name of a region.
+    """
+    if not texts:
+        return {}
+    named = parse_named(texts, "--labels")
+    if list(named.values()) != [str(FOURTH)] or set(named) & set(LABELS):
+        raise UserError(f"--labels {' '.join(texts)}: brats takes a new name for label 4, 'resection cavity=4'")
+    return dict.fromkeys(named, FOURTH)
 
 
 def _take_misnamed(found: Collector, misnamed: dict[str, list[Path]]) -> dict[str, tuple[str, ...]]:

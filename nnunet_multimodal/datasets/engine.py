@@ -187,7 +187,10 @@ def prepare(
     if not is_label:
         return loaded, ()
     values = case.values or {label: label for label in conversion.source.declared}
-    loaded, present = with_labels(loaded, values, conversion.source.irregular)
+    try:
+        loaded, present = with_labels(loaded, values, conversion.source.irregular)
+    except UserError as error:
+        raise UserError("; ".join(filter(None, (str(error), conversion.source.advice)))) from error
     return loaded, present.tolist()
 
 

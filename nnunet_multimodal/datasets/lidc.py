@@ -11,15 +11,13 @@ import re
 from pathlib import Path
 
 from nnunet_multimodal.datasets.base import (
-    TEST,
-    TRAIN,
-    VALIDATION,
     Collector,
     Request,
     Source,
     case_name,
     common_ending,
     list_files,
+    named_part,
 )
 from nnunet_multimodal.datasets.pattern import compile_pattern
 from nnunet_multimodal.errors import UserError
@@ -37,7 +35,6 @@ LAYOUTS = (
     ("images/{slice}.npy", "labels/{slice}_{rater}_mask.npy"),
 )
 FIELDS = ("patient", "nodule", "slice", "rater")
-SPLITS = {"train": TRAIN, "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION, "test": TEST}
 CHOICES = {"rater": tuple(f"{zero}{number}" for zero in ("", "0") for number in range(4))}
 VALUES = {0: 0, 1: 1, 255: 1}
 LABELS = {"background": 0, "nodule": 1}
@@ -62,7 +59,7 @@ def read(request: Request) -> Source:
             found.case(
                 name,
                 values=VALUES,
-                split=_split(found.files(name)[0]),
+                split=named_part(found.files(name)),
                 group=patients[name.casefold()],
                 remarks=() if number == 4 else (f"{number} raters",),
             )
@@ -132,8 +129,3 @@ def _collect(root: Path, files: list[Path], images: str, masks: str) -> tuple[Co
 def _name(match: re.Match) -> str:
     fields = match.groupdict()
     return case_name(*(fields.get(field) or "" for field in ("patient", "nodule", "slice")))
-
-
-def _split(file: Path) -> str:
-    """The part that a file's folders name; the innermost counts."""
-    return next((SPLITS[part.lower()] for part in reversed(file.parts[:-1]) if part.lower() in SPLITS), "")

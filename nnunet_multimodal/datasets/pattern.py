@@ -2,7 +2,7 @@
 
 A pattern names files, relative to the source. ``{case}``, ``{channel}``, ``{rater}`` and ``{patient}`` stand for a part
 of a name, ``*`` for anything but a slash, and what stands twice must be the same twice. Case does not matter. Cases of
-one patient stay together in the folds.
+one patient stay together in the folds. Folders called train and val, both with label maps, are the split.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import re
 from collections.abc import Mapping, Sequence
 
 from nnunet_multimodal.datasets.base import (
+    TEST,
+    TRAIN,
+    VALIDATION,
     Collector,
     Request,
     Source,
     case_name,
     common_ending,
     list_files,
+    named_part,
     parse_labels,
     parse_named,
 )
@@ -87,7 +91,10 @@ def read(request: Request) -> Source:
             found.ignored.append(file)
             continue
         patients[_case(match).casefold()] = match.groupdict().get("patient") or ""
-    cases = tuple(found.case(name, group=patients[name.casefold()], values=values) for name in found)
+    splits = _splits(found)
+    cases = tuple(
+        found.case(name, group=patients[name.casefold()], values=values, **splits.get(name, {})) for name in found
+    )
     if not cases:
         some = ", ".join(map(str, found.ignored[:3])) or "no files"
         raise UserError(f"--pattern {request.pattern!r} fits nothing in {request.path}, where there are {some}")
@@ -100,6 +107,20 @@ def read(request: Request) -> Source:
         ending=common_ending(files),
         ignored=tuple(found.ignored),
     )
+
+
+def _splits(found: Collector) -> dict[str, dict[str, str]]:
+    """Case -> its ``split``, where names of folders say one: the validation part is held out, or test images.
+
+    It is held out if it has label maps and there is a training part that has some, and test images if it has none.
+    """
+    parts = {name: named_part(found.files(name)) for name in found}
+    with_labels = {parts[name] for name in found if found.case(name).label_maps}
+    if VALIDATION not in with_labels:
+        parts = {name: TEST if part == VALIDATION else part for name, part in parts.items()}
+    elif TRAIN not in with_labels:
+        parts = {name: "" if part == VALIDATION else part for name, part in parts.items()}
+    return {name: {"split": part} for name, part in parts.items() if part}
 
 
 def _case(match: re.Match) -> str:

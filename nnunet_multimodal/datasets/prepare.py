@@ -15,6 +15,7 @@ from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import check_file, check_finite, geometry_difference, unreadable
 
 COMPRESSED = "compressed"
+NIFTI = (".nii", ".nii.gz")
 WITHOUT_GRID = (".npy", ".png", ".bmp", ".tif", ".tiff")
 
 
@@ -50,6 +51,8 @@ def load(file: Path) -> Loaded:
         else:
             image = SimpleITK.ReadImage(str(file))
     except Exception as error:  # whatever a damaged file makes a reader raise
+        if "orthonormal" in str(error) and file.name.lower().endswith(NIFTI):
+            raise UserError(f"{file}: {_skewed(file)}") from error
         raise unreadable(file, error) from error
     loaded = Loaded(file, image)
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
@@ -65,6 +68,16 @@ def load(file: Path) -> Loaded:
         loaded.image.SetSpacing([1.0] * loaded.image.GetDimension())
         loaded.image.SetOrigin([0.0] * loaded.image.GetDimension())
     return loaded
+
+
+def _skewed(file: Path) -> str:
+    """What to say of a NIfTI whose axes are not perpendicular."""
+    header: Any = nibabel.load(file)
+    return (
+        f"the axes of its affine {header.affine[:3, :3].round(4).tolist()} are not perpendicular, and SimpleITK does "
+        "not read such files; save it with the nearest perpendicular axes, or resample it onto some, both with "
+        "nibabel: docs/howto/convert.md, Limits"
+    )
 
 
 def _image(array: np.ndarray) -> SimpleITK.Image:
@@ -107,20 +120,20 @@ def remap_labels(labels: np.ndarray, values: Mapping[int, int]) -> np.ndarray:
         raise UserError(f"{example:g} is no whole number; a label map must not be interpolated or a probability")
     if low >= 0 and high <= np.iinfo(np.uint16).max:
         index = whole.astype(np.uint16)
-        unknown = set(np.flatnonzero(np.bincount(index.ravel())).tolist()) - set(values)
+        places = there = np.flatnonzero(np.bincount(index.ravel()))
     else:
-        unknown = set(np.unique(whole).astype(int).tolist()) - set(values)
-    if unknown:
+        there, index = np.unique(whole, return_inverse=True)
+        places = np.arange(len(there))
+    present = there.astype(int).tolist()
+    if unknown := set(present) - set(values):
         found, known = (", ".join(map(str, sorted(some))) for some in (unknown, values))
         raise UserError(
             f"labels {found}, and {known} are expected; correct the label map, or name all values with the "
             "converter 'pattern'"
         )
-    table = np.zeros(high + 1, np.uint8 if max(values.values()) < 256 else np.uint16)
-    for value, label in values.items():
-        if value <= high:
-            table[value] = label
-    return table[index]
+    table = np.zeros(places.max(initial=0) + 1, np.uint8 if max(values.values()) < 256 else np.uint16)
+    table[places] = [values[value] for value in present]
+    return table[index].reshape(labels.shape)
 
 
 def with_labels(loaded: Loaded, values: Mapping[int, int], irregular: Mapping[int, str]) -> tuple[Loaded, np.ndarray]:
@@ -199,7 +212,7 @@ def _words(image: SimpleITK.Image) -> str:
 
 def scaling(file: Path) -> str:
     """What a NIfTI header says of the scale of stored integers, in words; empty if it does nothing."""
-    if not file.name.lower().endswith((".nii", ".nii.gz")):
+    if not file.name.lower().endswith(NIFTI):
         return ""
     header: Any = nibabel.load(file)
     slope, intercept = header.dataobj.slope, header.dataobj.inter

@@ -185,6 +185,7 @@ def write_results(
     paths = {c.case: paths_of(c) for c in cases}
     table, raters, picture = (args.o.with_name(f"{args.o.stem}{end}") for end in (".csv", AGREEMENT, RELIABILITY))
     table.parent.mkdir(parents=True, exist_ok=True)
+    args.o.unlink(missing_ok=True)  # of an earlier evaluation; who has the JSON has the rest that belongs to it
     write_text(table, as_csv(results, means, settings))
     written = [table, args.o]
     agreed = agreement.format_table(results, settings)

@@ -41,7 +41,7 @@ class Model:
 
     def identity(self, args: argparse.Namespace) -> dict[str, Any]:
         """What its predictions depend on; another one must not add to them."""
-        checkpoints = sorted(Path(self.folder).glob(f"fold_*/{args.chk}"))
+        checkpoints = self.predictor.checkpoints
         images = sorted(Path(args.i).glob(f"*{self.predictor.dataset_json['file_ending']}"))
         return {
             "folder": self.folder,

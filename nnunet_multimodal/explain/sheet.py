@@ -43,7 +43,7 @@ class Sheet:
 
 def draw_sheet(sheet: Sheet, file: Path) -> None:
     """Write the picture as PNG."""
-    index = widest_slice(sheet.prediction, sheet.reference)
+    index = widest_slice(sheet.labels, sheet.prediction, sheet.reference)
     panels: list[tuple[str, np.ndarray, np.ndarray | None]] = [
         (name, image[index], None) for name, image in sheet.images.items()
     ]

@@ -21,7 +21,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch import Tensor
 
-from nnunet_multimodal.checkpoints import check_model, other_network, refuse_code
+from nnunet_multimodal.checkpoints import check_model, other_network, refuse_code, refuse_plans
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import list_channels, read_images, read_json
 from nnunet_multimodal.network import MultimodalUNet, unwrap
@@ -98,7 +98,13 @@ def voxel_volume_ml(properties: dict, reader: str) -> float | None:
 
 
 class ModelPredictor(nnUNetPredictor):
-    """nnU-Net's predictor for results other than its own label maps."""
+    """nnU-Net's predictor for results other than its own label maps.
+
+    Attributes:
+        checkpoints: files of the folds that it predicts with.
+    """
+
+    checkpoints: Sequence[Path]
 
     @classmethod
     def from_model(
@@ -115,7 +121,7 @@ class ModelPredictor(nnUNetPredictor):
         """The predictor of a trained model.
 
         Raises:
-            UserError: no trained fold, or a model whose images nnU-Net reorients.
+            UserError: no trained fold, a model that would run code, or one whose images nnU-Net reorients.
         """
         if folds is None:
             found = sorted(path.parent.name for path in Path(model_folder).glob(f"fold_*/{checkpoint}"))
@@ -127,12 +133,14 @@ class ModelPredictor(nnUNetPredictor):
         if not folds:
             raise UserError(f"no fold_*/{checkpoint} in {model_folder}; train the model, or see -d, -tr, -p, -c, -chk")
         read_json(Path(model_folder) / "dataset.json", "labels", "file_ending")
-        read_json(Path(model_folder) / "plans.json", "configurations", "image_reader_writer")
-        for fold in folds:
-            refuse_code(Path(model_folder) / f"fold_{fold}" / checkpoint)
+        plans = Path(model_folder) / "plans.json"
+        refuse_plans(plans, read_json(plans, "configurations", "image_reader_writer"))
+        files = [Path(model_folder) / f"fold_{fold}" / checkpoint for fold in folds]
+        for file in files:
+            refuse_code(file)
         on_device = on_device and device.type == "cuda"
         predictor = cls(step_size, True, use_mirroring, on_device, device, allow_tqdm=progress_bar)
-        files = [Path(model_folder) / f"fold_{fold}" / checkpoint for fold in folds]
+        predictor.checkpoints = files
         check_model(files)
         with other_network(files[0]):
             predictor.initialize_from_trained_model_folder(model_folder, folds, checkpoint)
@@ -143,6 +151,16 @@ class ModelPredictor(nnUNetPredictor):
         if "Reorient" in reader:
             raise UserError(f"{model_folder} reads images with {reader}, which reorients them; maps cannot follow that")
         return predictor
+
+    def identity(self) -> dict[str, Any]:
+        """What tells its predictions from another model's, or from this one's with another window; fit for JSON."""
+        states = [(file, file.stat()) for file in self.checkpoints]
+        return {
+            "model": "/".join(self.checkpoints[0].parts[-4:-2]),  # DATASET/TRAINER__PLANS__CONFIGURATION
+            "checkpoints": [["/".join(file.parts[-2:]), s.st_size, int(s.st_mtime)] for file, s in states],
+            "step_size": self.tile_step_size,
+            "mirroring": self.use_mirroring,
+        }
 
     def channel_names(self) -> list[str]:
         """Names of the image channels, in their order."""

@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "SSNTrainer")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring")
     parser.add_argument("--save_probabilities", action="store_true", help="probabilities of the mean, to ensemble")
-    parser.add_argument("--continue_prediction", action="store_true", help="leave out cases that are predicted")
+    parser.add_argument(
+        "--continue_prediction", action="store_true", help="leave out cases that this model predicted with these flags"
+    )
     parser.add_argument("--disable_progress_bar", action="store_true", help="for logs")
     parser.add_argument("--not_on_device", action="store_true", help="keep the blended image off the GPU")
     parser.add_argument("--verbose", action="store_true", help="as nnUNetv2_predict's")
@@ -121,6 +123,9 @@ def run(args: argparse.Namespace) -> int:
     writer = CaseWriter(predictor, args, output)
     cases = predictor.cases(args.i, args.prev_stage_predictions, args.drop)[args.part_id :: args.num_parts]
     if args.continue_prediction:
+        others = [case.name for case in cases if writer.is_of_another_run(case)]
+        if others:
+            print(f"{output}: predicted with another model or other flags, and now again: {', '.join(others)}")
         cases = [case for case in cases if not writer.is_complete(case)]
     output.mkdir(parents=True, exist_ok=True)
     for name, content in (("dataset", predictor.dataset_json), ("plans", predictor.plans_manager.plans)):
@@ -194,9 +199,10 @@ class CaseWriter:
         return self.output / f"{case.name}.json"
 
     def settings(self) -> dict[str, Any]:
-        """What the samples depend on, besides model and case."""
+        """What the results depend on, besides the case."""
         args = self.args
         return {
+            **self.predictor.identity(),
             "samples_wanted": args.samples,
             "seed": args.seed,
             "temperature": args.temperature,
@@ -217,17 +223,21 @@ class CaseWriter:
         }
         return {kind: sorted(self.output.glob(pattern)) for kind, pattern in patterns.items()}
 
-    def is_complete(self, case: Case) -> bool:
-        """Whether all that the flags ask for is there, made with the same settings."""
+    def is_of_another_run(self, case: Case) -> bool:
+        """Whether what is there of a case was made with another model or other settings."""
         if not self.summary_file(case).is_file():
             return False
-        summary, there = json.loads(self.summary_file(case).read_text()), self.files(case)
+        summary = json.loads(self.summary_file(case).read_text())
+        return {key: summary.get(key) for key in self.settings()} != self.settings()
+
+    def is_complete(self, case: Case) -> bool:
+        """Whether all that the flags ask for is there, made with the same model and settings."""
+        there = self.files(case)
         wanted = dict.fromkeys(self.args.maps, True)
         wanted |= {"samples": self.args.save_samples, "distribution": self.args.save_distribution}
         wanted |= {"probabilities": self.args.save_probabilities}
-        complete = all(there[kind] for kind, needed in wanted.items() if needed)
-        summary = {"compact": False, **summary}  # as it was before there was that flag
-        return complete and {key: summary.get(key) for key in self.settings()} == self.settings()
+        complete = self.summary_file(case).is_file() and all(there[kind] for kind, needed in wanted.items() if needed)
+        return complete and not self.is_of_another_run(case)
 
     def foreground_labels(self) -> dict[str, Any]:
         """Names and values of all labels or regions but background and ignore label."""

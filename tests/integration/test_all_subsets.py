@@ -1,6 +1,7 @@
 """``nnunet-multimodal evaluate --all-subsets`` and ``features`` on models that nnU-Net's command trained."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -85,6 +86,12 @@ def test_parts_are_predicted_apart_and_a_second_run_predicts_what_is_missing_alo
     assert gone.is_file()
     assert kept.stat().st_mtime_ns == before
     assert (tmp_path / "subsets.csv").read_text() == table
+    other = trained.model(OURS, "3d_fullres") / "fold_1"  # a fold that is done meanwhile, and not asked for
+    shutil.copytree(other.with_name("fold_0"), other)
+    try:
+        assert evaluate(trained, images, tmp_path, trainers=(OURS,)) == 0
+    finally:
+        shutil.rmtree(other)
     with pytest.raises(
         UserError, match=r"predictions of another model, of other images or with other flags .*delete it"
     ):

@@ -102,6 +102,20 @@ def test_options_of_methods_come_along(nnunet):
         derive(nnunet, "first", "third", out="options", more=("--overwrite",))
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"foreground_intensity_properties_per_channel": {"0": {"mean": 1.0}}},
+        {"transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2]},
+    ],
+)
+def test_plans_of_a_dataset_that_changed_in_between_are_refused(nnunet, changed):
+    nnunet.write_plans({**nnunet.plans(), "plans_name": "later", **changed})
+    with pytest.raises(UserError, match=f"{PLANS} and later differ in {', '.join(changed)}, .*plan all of them anew"):
+        derive(nnunet, PLANS, "later", out="changed")
+    assert not (nnunet.preprocessed / DATASET / "changed.json").exists()
+
+
 def test_what_cannot_be_compared_is_refused(nnunet):
     folder = nnunet.preprocessed / DATASET
     with pytest.raises(UserError, match="is one plan"):

@@ -11,6 +11,7 @@ import torch
 
 from nnunet_multimodal.cli import main
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.train import local_device
 from tests.contracts import fixed_batches
 from tests.nnunet import PLANS
 
@@ -97,6 +98,22 @@ def test_a_killed_process_ends_all_and_the_training_goes_on(datasets, tmp_path):
     assert all(torch.equal(weight, second["weights"][key]) for key, weight in first["weights"].items())
 
 
+def test_the_log_names_what_another_process_skipped(datasets, batches, tmp_path):
+    given = torch.load(batches / "batches.pt", weights_only=False)
+    given[1]["data"][1, 0].flatten()[:3] = torch.inf  # the second process's
+    torch.save(given, batches / "batches.pt")
+    nnunet = datasets("labels").with_results(tmp_path / "results")
+    trainer = "EarlyFusionTrainer_1epoch_3iterations"
+    codes, output = start(nnunet, 2, trainer, folder=batches)
+    assert codes == [0, 0], output
+    (log,) = (nnunet.model(trainer, "3d_fullres") / "fold_0").glob("training_log*.txt")
+    lines = [line for line in log.read_text().splitlines() if "Step skipped" in line]
+    first, second = given[1]["keys"]
+    assert len(lines) == 2
+    assert f"process 0 of 2, cases {first}: images are finite; see the other processes'" in lines[0]
+    assert f"process 1 of 2, cases {second}: T1 of {second} has 3 infinite voxels" in lines[1]
+
+
 def train(nnunet, *flags):
     with nnunet.environment():
         return main(["train", "900", "2d", "0", "-p", PLANS, "-device", "cpu", *flags])
@@ -113,6 +130,17 @@ def test_a_seed_repeats_a_training_bit_for_bit(datasets, tmp_path):
     first, again, other = weights
     assert all(torch.equal(weight, again[key]) for key, weight in first.items())
     assert any(not torch.equal(weight, other[key]) for key, weight in first.items())
+
+
+def test_threads_are_shared_among_the_cores_that_the_process_may_use(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    try:
+        assert local_device("cpu") == torch.device("cpu")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_cannot_be_is_refused(datasets, monkeypatch):

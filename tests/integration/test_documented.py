@@ -160,10 +160,13 @@ def test_five_folds_are_shared(documented, shell, monkeypatch):
 
 def test_ssn_and_the_report(documented, shell):
     shell.type("nnUNetv2_plan_and_preprocess -d 1 -c 3d_fullres")
-    pages = ("docs/quickstart.md", "docs/methods/ssn.md", "docs/howto/report.md", "README.md")
-    documented.run(shell, *pages, values={"images": "imagesTs", "labels": "labelsTs", "CIMLTrainer": "SSNTrainer"})
+    pages = ("docs/quickstart.md", "docs/methods/ssn.md", "docs/howto/report.md", "README.md", "docs/howto/bids.md")
+    values = {"images": "imagesTs", "labels": "labelsTs", "CIMLTrainer": "SSNTrainer", "40": "1"}
+    values["$nnUNet_results/Dataset040_STUDY"] = f"$nnUNet_results/{DATASET}"
+    documented.run(shell, *pages, values=values)
     assert names(shell.folder / "predictions" / "samples", "*") == [f"case_0__00{i}.nii.gz" for i in range(4)]
-    assert "case_0" in (shell.folder / "report.html").read_text()
+    for page in ("report.html", "study.html"):
+        assert "case_0" in (shell.folder / page).read_text()
 
 
 @pytest.mark.skipif(find_spec("highdicom") is None, reason="the extra 'dicom' is not installed")
@@ -191,8 +194,15 @@ def test_several_raters(documented, shell):
                 for rater in "AB":
                     shutil.copy(file, folder / file.name.replace(".nii", f"__{rater}.nii"))
     shutil.rmtree(shell.raw / "labelsTr")
-    documented.run(shell, "docs/mose.md", "README.md")
+    values = {
+        "16": "2",
+        "100": "4",
+        "$nnUNet_results/Dataset001_Nodules": f"$nnUNet_results/{DATASET}",
+    }
+    documented.run(shell, "docs/howto/raters.md", "docs/mose.md", "README.md", values=values)
     assert len(list((shell.raw / "labelsTr").iterdir())) == 5
+    assert "case_0" in (shell.folder / "report.html").read_text()
+    assert names(shell.folder / "pictures", "*_samples.png") == ["case_0_samples.png"]
     assert json.loads((shell.folder / "predictions" / "case_0.json").read_text())["sample_weights"]
 
 
@@ -214,7 +224,8 @@ def test_missing_modalities(documented, shell):
 
 
 def test_ciml(documented, shell):
-    documented.run(shell, values={"22": "1"})
+    documented.run(shell, values={"22": "1", "$nnUNet_results/Dataset022_HECKTOR": f"$nnUNet_results/{DATASET}"})
+    assert "case_0" in (shell.folder / "report.html").read_text()
     assert (shell.folder / "explained" / "complementary_weights.png").is_file()
 
 
@@ -239,4 +250,5 @@ def test_brats(documented, shell):
         kind = "seg" if channel is None else ("flair", "t1", "t1ce", "t2")[int(channel)]
         file.rename(case / f"{case.name}_{kind}.nii.gz")
     documented.run(shell)
+    assert "case_0" in (shell.folder / "report.html").read_text()
     assert (shell.folder / "subsets" / "subsets.md").read_text().count("●") >= 4 * 2**3

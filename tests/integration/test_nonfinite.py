@@ -106,6 +106,16 @@ def test_too_many_in_an_epoch_are_an_error(trainer, batch, log):
         trainer.train_step(batch)
 
 
+def test_an_epoch_without_any_step_is_an_error(trainer, batch, log):
+    batch["data"][0, 1] = torch.inf
+    outputs = [trainer.train_step(batch) for _ in range(3)]
+    assert len(outputs) <= MAX_SKIPPED_STEPS
+    with pytest.raises(UserError, match=rf"of {batch['keys'][0]} has .*all 3 steps of this epoch were skipped.*--c"):
+        trainer.on_train_epoch_end(outputs)
+    trainer.on_train_epoch_end([*outputs, {"loss": np.array(1.0, np.float32)}])
+    assert trainer.logger.get_value("train_losses", step=-1) == 1
+
+
 def test_skipped_steps_do_not_count_in_the_mean_loss_of_the_epoch(trainer):
     trainer.on_train_epoch_end([{"loss": np.array(v, np.float32)} for v in (1.0, np.nan, 2.0)])
     assert trainer.logger.get_value("train_losses", step=-1) == pytest.approx(1.5)

@@ -1,6 +1,7 @@
 """SSNTrainer through nnU-Net's commands, and ``nnunet-multimodal predict`` on its models and on nnU-Net's own."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from nnunet_multimodal import cli
 from tests.contracts import TrainerContract
 from tests.nnunet import DATASET, PLANS, segmentation
 
-SHORT = "SSNTrainer_1epoch_2iterations"
+SHORT, TWICE = "SSNTrainer_1epoch_2iterations", "SSNTrainer_2epochs_2iterations"
 
 
 class TestSSNTrainer(TrainerContract):
@@ -143,6 +144,33 @@ def test_an_interrupted_prediction_is_continued_where_it_stopped(trained, tmp_pa
     predict(trained, SHORT, tmp_path, "--samples", 2, "--continue_prediction")
     after = {path.name: path.stat().st_mtime_ns for path in output.glob("case_*.json")}
     assert [name for name in after if after[name] != before[name]] == ["case_3.json"]
+
+
+@pytest.mark.parametrize(
+    "changed", [("-step_size", 1), ("--disable_tta",), ("-chk", "checkpoint_best.pth"), ("-tr", TWICE), ("-f", "all")]
+)
+def test_what_another_model_predicted_is_predicted_again(trained, tmp_path, capsys, changed):
+    (tmp_path / "images").mkdir()
+    for file in (trained.raw / DATASET / "imagesTr").glob("case_[01]_*"):
+        shutil.copy(file, tmp_path / "images")
+    fold = trained.model(SHORT, "3d_fullres")
+    if "all" in changed and not (fold / "fold_all").is_dir():
+        shutil.copytree(fold / "fold_0", fold / "fold_all")
+    twice = trained.model(TWICE, "3d_fullres")
+    if TWICE in changed and not twice.is_dir():
+        shutil.copytree(fold, twice)
+    flags = ("--samples", 2, "--maps", "--continue_prediction")
+    output = predict(trained, SHORT, tmp_path / "out", *flags, images=tmp_path / "images")
+    first = {file.name: file.stat().st_mtime_ns for file in output.glob("case_*.json")}
+    (output / "case_1.json").unlink()
+    capsys.readouterr()
+    predict(trained, SHORT, output, *flags, *changed, images=tmp_path / "images")
+    assert f"{output}: predicted with another model or other flags, and now again: case_0\n" in capsys.readouterr().out
+    again = {file.name: file.stat().st_mtime_ns for file in output.glob("case_*.json")}
+    assert all(again[name] != first[name] for name in first)
+    predict(trained, SHORT, output, *flags, *changed, images=tmp_path / "images")
+    assert "now again" not in capsys.readouterr().out
+    assert again == {file.name: file.stat().st_mtime_ns for file in output.glob("case_*.json")}
 
 
 def test_predicting_again_leaves_nothing_of_the_earlier_run(trained, tmp_path):

@@ -1,14 +1,21 @@
 """Checkpoints that would run code are refused before anything of them runs."""
 
+import json
 import os
 import zipfile
+from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from nnunet_multimodal.trainers.combinations import EarlyFusionTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunet_multimodal.checkpoints import refuse_code
+from nnunet_multimodal.checkpoints import refuse_code, refuse_plans
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.inference.base import ModelPredictor
 
 CHECKPOINT = {
     "network_weights": {"a": torch.zeros(2)},
@@ -38,6 +45,156 @@ def test_code_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "checkpoint.pth", weights_only=False)
     assert (tmp_path / "ran").exists()
+
+
+def save_pickle(file, pickled):
+    """A checkpoint of torch's format with this pickle in it."""
+    torch.save({}, file.with_name("empty.pth"))
+    with zipfile.ZipFile(file.with_name("empty.pth")) as empty, zipfile.ZipFile(file, "w") as archive:
+        for name in empty.namelist():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else empty.read(name))
+
+
+def text(string):
+    return b"X" + len(string).to_bytes(4, "little") + string.encode()
+
+
+def evaluating(code, get_builtin):
+    """A pickle that evaluates an expression: eval is got by calling what ``get_builtin`` puts on the stack."""
+    return b"\x80\x04" + get_builtin + b"(" + text("eval") + b"tR(" + text(code) + b"tR."
+
+
+DOTTED = b"cnumpy.dtypes\n__builtins__.get\n"  # from protocol 4 on, an attribute's attribute
+
+
+@pytest.mark.parametrize(
+    ("get_builtin", "why"),
+    [
+        (DOTTED, r"would import numpy\.dtypes\.__builtins__\.get when loaded"),
+        (b"cnumpy\ndtypes.__builtins__.get\n", r"would import numpy\.dtypes\.__builtins__\.get when loaded"),
+        (b"ctorch._utils\n__builtins__.get\n", r"would import torch\._utils\.__builtins__\.get when loaded"),
+        (b"c_codecs\n__spec__.loader.load_module\n", r"would import _codecs\.__spec__\.loader\.load_module"),
+        (text("numpy.dtypes") + text("__builtins__.get") + b"\x93", "not a whole checkpoint as torch.save writes it"),
+        (b"\x8c\x0cnumpy.dtypes\x8c\x10__builtins__.get\x93", "not a whole checkpoint as torch.save writes it"),
+    ],
+)
+def test_attributes_of_harmless_modules_are_refused_and_not_run(tmp_path, get_builtin, why):
+    code = f"__import__('os').mkdir({str(tmp_path / 'ran')!r})"
+    save_pickle(tmp_path / "checkpoint.pth", evaluating(code, get_builtin))
+    with pytest.raises(UserError, match=why):
+        refuse_code(tmp_path / "checkpoint.pth")
+    assert not (tmp_path / "ran").exists()
+    if get_builtin == DOTTED:  # what it would have done
+        torch.load(tmp_path / "checkpoint.pth", weights_only=False)
+        assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("pickled", [b"", b"\x80\x02", b"\x80\x02X\x05", b"\x80\x02cnumpy\xff\n"])
+def test_a_torn_pickle_in_a_whole_file_is_refused(tmp_path, pickled):
+    save_pickle(tmp_path / "checkpoint.pth", pickled)
+    with pytest.raises(UserError, match=r"checkpoint\.pth is not a whole checkpoint"):
+        refuse_code(tmp_path / "checkpoint.pth")
+
+
+def test_the_format_before_zip_is_refused(tmp_path):
+    torch.save(Harmful(tmp_path / "ran"), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"old\.pth is not a whole checkpoint"):
+        refuse_code(tmp_path / "old.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+ARCHITECTURE = {
+    "network_class_name": UNET,
+    "arch_kwargs": {
+        "n_stages": 2, "features_per_stage": [4, 8], "conv_op": "torch.nn.modules.conv.Conv2d", "kernel_sizes": [3, 3],
+        "strides": [1, 2], "n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1], "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    },
+    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+}  # fmt: skip
+
+
+def plans_of(architecture):
+    return {"configurations": {"2d": {"architecture": architecture}, "other": {"inherits_from": "2d"}}}
+
+
+def architecture_with(**changed):
+    architecture = deepcopy(ARCHITECTURE)
+    for key, value in changed.items():
+        (architecture if key in architecture else architecture["arch_kwargs"])[key] = value
+    return architecture
+
+
+def shell(folder):
+    """An activation that makes a folder when it is built."""
+    return architecture_with(nonlin="subprocess.getoutput", nonlin_kwargs={"cmd": f"mkdir {folder}"})
+
+
+@pytest.mark.parametrize(
+    "network", [UNET, "dynamic_network_architectures.architectures.moved.PlainConvUNet",
+                "nnunet_multimodal.network.MultimodalUNet"],
+)  # fmt: skip
+def test_nnunets_and_our_plans_pass(network):
+    refuse_plans("plans.json", plans_of(architecture_with(network_class_name=network)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("nonlin", "subprocess.getoutput"),
+        ("nonlin", "eval"),
+        ("nonlin", "torch.hub.load"),
+        ("nonlin", "torch.nn.modules.module.torch.hub.load"),
+        ("nonlin", "torch.nn.modules.module.torch.jit.ScriptModule"),
+        ("nonlin", "..subprocess.getoutput"),
+        ("nonlin", "torch.nn.NoSuchLayer"),
+        ("conv_op", ["torch.nn.Conv2d"]),
+        ("network_class_name", "subprocess.Popen"),
+        ("network_class_name", "nnunetv2.run.run_training.run_training"),
+        ("network_class_name", "dynamic_network_architectures.architectures.unet.np.load"),
+        ("network_class_name", "dynamic_network_architectures.architectures.moved.np"),
+        ("network_class_name", None),
+    ],
+)
+def test_plans_that_name_something_else_are_refused(key, value):
+    where = "network_class_name of 2d" if key == "network_class_name" else f"2d: {key}"
+    with pytest.raises(UserError, match=rf"plans\.json: {where} is .* no class of layers .*use nnUNetv2_predict"):
+        refuse_plans("plans.json", plans_of(architecture_with(**{key: value})))
+
+
+def test_a_models_plans_are_refused_before_anything_of_them_runs(tmp_path):
+    architecture = shell(tmp_path / "ran")
+    (tmp_path / "fold_0").mkdir()
+    torch.save(CHECKPOINT, tmp_path / "fold_0" / "checkpoint_final.pth")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0}, "file_ending": ".png"}))
+    plans = plans_of(architecture) | {"image_reader_writer": "NaturalImage2DIO"}
+    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(UserError, match=r"plans\.json: 2d: nonlin is 'subprocess\.getoutput', which is no class of"):
+        ModelPredictor.from_model(str(tmp_path), ["0"], torch.device("cpu"), "checkpoint_final.pth")
+    assert not (tmp_path / "ran").exists()
+    kwargs = architecture["arch_kwargs"]
+    with pytest.raises(TypeError):  # what it would have done
+        get_network_from_plans(UNET, kwargs, architecture["_kw_requires_import"], 1, 2, deep_supervision=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_our_trainers_build_of_classes_of_layers_alone(tmp_path):
+    plans = SimpleNamespace(dataset_name="Dataset001_A")
+    of_plans = {"normalization_schemes": ["ZScoreNormalization"] * 2}
+    harmful = ConfigurationManager({**of_plans, "architecture": shell(tmp_path / "ran")})
+    with pytest.raises(UserError, match=r"Dataset001_A: nonlin is 'subprocess\.getoutput', which is no class"):
+        EarlyFusionTrainer.build_network_architecture(plans, harmful, 2, 2)
+    assert not (tmp_path / "ran").exists()
+    own = ConfigurationManager({**of_plans, "architecture": architecture_with(nonlin=f"{__name__}.Doubled")})
+    network = EarlyFusionTrainer.build_network_architecture(plans, own, 2, 2)
+    assert any(isinstance(module, Doubled) for module in network.modules())
+
+
+class Doubled(torch.nn.LeakyReLU):
+    """A layer of another package."""
 
 
 @pytest.mark.parametrize("keep", [0, 100, 700])

@@ -19,6 +19,8 @@ import pytest
 
 from nnunet_multimodal import lookup
 from nnunet_multimodal.cli import COMMANDS
+from nnunet_multimodal.dicom import SYNTAX
+from nnunet_multimodal.sheets import KINDS
 from tests.documented import (
     BLOCK,
     GENERATED,
@@ -178,6 +180,16 @@ def test_the_page_of_commands_is_up_to_date(tmp_path):
     script = [sys.executable, generator.__file__, tmp_path / "commands.md"]
     subprocess.run(script, env=environment, check=True, capture_output=True)
     assert generator.PAGE.read_text(encoding="utf-8") == (tmp_path / "commands.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_commands_has_all_of_the_help():
+    """Actions with what they do, what stands below their flags, and tables that stay tables."""
+    page = generator.PAGE.read_text(encoding="utf-8")
+    assert "```text\n\n```" not in page
+    assert "\n### dicom list\n\nthe series of a tree of files\n" in page
+    assert generator._escape(SYNTAX) in page.split("\n### dicom import\n")[1].split("\n### ")[0]
+    table = page.split("\n## sheets\n")[1].split("```text\n")[1].split("\n```")[0].splitlines()
+    assert [line.split()[0] for line in table if not line.startswith(" ")] == list(KINDS)
 
 
 # --- a test runs them, or the page says why not

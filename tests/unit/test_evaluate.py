@@ -9,6 +9,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, load_summa
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from skimage import io
 
+from nnunet_multimodal import evaluate
 from nnunet_multimodal.cli import main
 from nnunet_multimodal.evaluate.cases import find_cases
 from nnunet_multimodal.metrics.calibration import expected_calibration_error
@@ -374,6 +375,21 @@ def test_output_goes_where_it_is_asked_to(folders, tmp_path):
     flags = ["-djfile", str(tmp_path / "dataset.json"), "-pfile", str(tmp_path / "plans.json"), "-o", str(elsewhere)]
     assert main(["evaluate", str(folders.gt), str(folders.pred), "-np", "1", *flags]) == 0
     assert sorted(file.name for file in elsewhere.parent.iterdir()) == ["result.csv", "result.json"]
+    assert not (folders.pred / "evaluation.json").exists()
+
+
+def test_an_evaluation_that_is_cut_off_leaves_no_json_of_an_earlier_one(folders, monkeypatch):
+    folders.write()
+    command = ["evaluate", str(folders.gt), str(folders.pred), "-np", "1"]
+    assert main(command) == 0
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "as_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert (folders.pred / "evaluation.csv").exists()
     assert not (folders.pred / "evaluation.json").exists()
 
 

@@ -1,5 +1,7 @@
 """Planning goes by an estimate; it must be near what a network really keeps for its backward pass."""
 
+import itertools
+
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
@@ -13,7 +15,7 @@ from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.network import MultimodalUNet
 
-MODALITIES, PATCH = 3, (24, 24, 24)
+MODALITIES, PATCH, SMALLER = 3, (24, 24, 24), (16, 16, 16)
 TOPOLOGY = {
     "n_stages": 3,
     "features_per_stage": [16, 32, 64],
@@ -81,3 +83,25 @@ def test_the_estimate_is_near_what_is_kept(stock, backbone, head):
     loss = build_objective(network, nnunets_loss(labels), None, labels)
     estimate = network.compute_conv_feature_map_size(PATCH) / stock_estimate
     assert estimate == pytest.approx(kept(network, loss, labels) / stock_kept, rel=0.15)
+
+
+def peak(network, loss, num_modalities):
+    """Bytes that a training step allocates at most, beside parameters and momentum, which are counted too."""
+    x, target = torch.randn(2, num_modalities, *SMALLER), torch.randint(0, 2, (2, 1, *SMALLER)).float()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss(network.train()(x), target).backward()
+    records = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(records, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes)) + 2 * sum(p.nbytes for p in network.parameters())
+
+
+@pytest.mark.parametrize("num_modalities", [2, 4, 8])
+def test_the_estimate_of_many_messages_is_near_a_steps_peak(num_modalities):
+    """Gates are run again in the backward pass, which what is kept from the forward pass does not show."""
+    labels = KINDS["2 classes"]
+    stock = PlainConvUNet(num_modalities, num_classes=2, deep_supervision=False, **TOPOLOGY)
+    network = MultimodalUNet(num_modalities, 2, backbone="ciml", **TOPOLOGY)
+    estimate = network.compute_conv_feature_map_size(SMALLER) / stock.compute_conv_feature_map_size(SMALLER)
+    loss = build_objective(network, nnunets_loss(labels), None, labels)
+    times = peak(network, loss, num_modalities) / peak(stock, nnunets_loss(labels), num_modalities)
+    assert estimate == pytest.approx(times, rel=0.15)

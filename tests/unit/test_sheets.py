@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import SimpleITK
-from matplotlib.image import imread
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage, imread
 
 from nnunet_multimodal import cli, sheets
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.pictures import widest_slice
 
 SHAPE, SPACING = (4, 12, 10), (1.0, 2.0, 3.0)  # (Z, Y, X); SimpleITK's (x, y, z)
 SIZES = (2, 6, 3, 5)  # edges of the samples
@@ -90,6 +92,37 @@ def test_samples_are_spread_over_their_volumes(images, tmp_path, drawn):
     samples = [f"sample 0\n{ml[2]}", f"sample 3\n{ml[5]}", f"sample 1\n{ml[6]}"]
     assert drawn["titles"] == ["CT", "PET", f"reference\n{ml[5]}", f"prediction\n{ml[4]}", *samples]
     assert drawn["outlined"] == [25, 16, 4, 25, 36]
+
+
+def test_ignored_voxels_are_neither_foreground_nor_wrong(images, tmp_path, drawn, monkeypatch):
+    """Slice 0 is ignored in whole, and a part of slice 2."""
+    folder = write_predictions(tmp_path / "predictions")
+    description = json.loads((folder / "dataset.json").read_text())
+    description["labels"]["ignore"] = 2
+    (folder / "dataset.json").write_text(json.dumps(description))
+    reference = square(5)
+    reference[0], reference[2, :, 3] = 2, 2
+    write(tmp_path / "labels" / "a.nii.gz", reference)
+    wrong = []
+    monkeypatch.setattr(
+        Axes, "imshow", lambda axis, array, **options: wrong.append((array, options)) or AxesImage(axis)
+    )
+    draw(images, tmp_path / "out", folder, more=("--kind", "samples", "uncertainty", "-ref", tmp_path / "labels"))
+    assert f"reference\n{20 * 6 / 1000:.3g} ml" in drawn["titles"]
+    (shown,) = [array for array, options in wrong if options["cmap"] == "autumn"]
+    expected = np.zeros(SHAPE[1:], bool)
+    expected[1:6, 5] = expected[5, 1:6] = True
+    expected[:, 3] = False
+    np.testing.assert_array_equal(shown.filled(False), expected)
+
+
+def test_the_widest_slice_is_that_of_labels_and_regions():
+    label_map = square(3)
+    label_map[0], label_map[1, :2] = 9, 2
+    assert widest_slice([1], label_map) == 2
+    assert widest_slice([(1, 2), 2], label_map) == 1
+    assert widest_slice([3], None, label_map, square(2, 3)) == 2
+    assert widest_slice([4], label_map) == 2  # the middle
 
 
 def test_experts_stand_by_their_weights(images, tmp_path, drawn):

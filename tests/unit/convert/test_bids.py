@@ -71,6 +71,25 @@ def test_several_files_of_a_modality_ask_for_an_entity(tree, raw):
         convert("bids", tree, *FLAGS, "--derivatives", "masks")
 
 
+def test_numbers_with_zeros_before_them(tree, raw, result):
+    """ancpbids gives whole numbers for run-01 and its like, where the user writes what the file is called."""
+    for file in sorted(tree.glob("sub-*/ses-*/anat/*_T1w.nii.gz")):
+        entity = "_run-01_T1w" if "ce-gadolinium" in file.name else "_run-2_T1w"
+        file.rename(file.with_name(file.name.replace("_ce-gadolinium", "").replace("_T1w", entity)))
+    channels = ("--channels", "FLAIR=FLAIR", "T1=T1w:run-02", "T1CE=T1w:run-01")
+    convert("bids", tree, *FLAGS, *channels, "--derivatives", "masks", "--label-pattern", "dseg:label-lesion")
+    for channel in range(3):
+        np.testing.assert_array_equal(result().array(f"imagesTr/sub-01_ses-a_{channel:04d}"), image(channel))
+
+
+def test_what_the_tree_was_made_from_is_left_alone(tree, raw, result):
+    for file in sorted(tree.glob("sub-*/ses-*/anat/*")):
+        nifti(tree / "sourcedata" / file.relative_to(tree), image(9))
+    convert("bids", tree, *FLAGS, "--derivatives", "masks", "--label-pattern", "dseg:label-lesion")
+    np.testing.assert_array_equal(result().array("imagesTr/sub-01_ses-a_0001"), image(1))
+    assert result().description["numTraining"] == 3
+
+
 def test_a_pickle_of_a_stranger_is_not_loaded(tree, raw, tmp_path):
     ran = tmp_path / "ran"
     (tree / ".ancpbids-dataset.pickle").write_bytes(f"cos\nsystem\n(S'touch {ran}'\ntR.".encode())
@@ -94,7 +113,8 @@ def test_what_does_not_fit_is_refused(tree, raw, flags, message):
 
 def test_kinds():
     assert parse_kind("T1w") == Kind("T1w", ())
-    assert parse_kind("T1w:ce-Gd:run-01") == Kind("T1w", (("ce", "gd"), ("run", "01")))
+    assert parse_kind("T1w:ce-Gd:run-01") == Kind("T1w", (("ce", "gd"), ("run", "1")))
+    assert parse_kind("T1w:acq-01") == Kind("T1w", (("acq", "01"),))  # a name, not a number
     assert parse_kind("T1w:ce-Gd").fits("T1w", {"sub": "01", "ce": "GD"})
     assert not parse_kind("T1w:ce-Gd").fits("T1w", {"sub": "01"})
     assert not parse_kind("T1w").fits("T2w", {})

@@ -138,12 +138,46 @@ def test_links_what_needs_no_change_and_writes_the_rest(tmp_path, raw, result):
 
 def test_a_label_of_other_years_is_refused(tmp_path, raw):
     """4 is the resection cavity of 2024, 3 the non-enhancing core before 2017: neither is enhancing tumour."""
+    advice = r"keep it by --labels 'resection cavity=4'"
     write_case(tmp_path / "new", "BraTS-GLI-00001-100", 1, 2, 3, 4, parts=NEW, separator="-")
-    with pytest.raises(UserError, match=r"BraTS-GLI-00001-100-seg.nii.gz: labels 4, and 0, 1, 2, 3 are expected"):
+    with pytest.raises(
+        UserError, match=rf"BraTS-GLI-00001-100-seg.nii.gz: labels 4, and 0, 1, 2, 3 are expected.*{advice}"
+    ):
         convert("brats", tmp_path / "new", "--dataset-id", 23)
     write_case(tmp_path / "old", "brats_2013_pat0001_1", 1, 2, 3, 4)
     with pytest.raises(UserError, match=r"pat0001_1_seg.nii.gz: labels 3, and 0, 1, 2, 4 are expected"):
         convert("brats", tmp_path / "old", "--dataset-id", 13)
+    assert not list(raw.iterdir())
+
+
+def test_2024_with_the_resection_cavity(tmp_path, raw, result):
+    for number in range(2):
+        write_case(tmp_path / "d", f"BraTS-GLI-0000{number}-100", 1, 2, 3, 4, parts=NEW, separator="-")
+    convert("brats", tmp_path / "d", "--dataset-id", 24, "--labels", "resection cavity=4")
+    data = result()
+    np.testing.assert_array_equal(data.array("labelsTr/BraTS-GLI-00000-100"), label_map(1, 2, 3, 4))
+    assert "nnunet_multimodal" not in data.description  # the decomposition
+    manager = LabelManager(data.description["labels"], data.description["regions_class_order"])
+    assert manager.foreground_regions == [(1, 2, 3), (1, 3), 3, 4]
+    # what is written for the regions of each label is that label
+    probabilities = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]], np.float32).T[..., None, None]
+    assert manager.convert_probabilities_to_segmentation(probabilities).ravel().tolist() == [1, 2, 3, 4]
+    data.verify()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("cavity=3",), "brats takes a new name for label 4"),
+        (("a=4", "b=5"), "brats takes a new name for label 4"),
+        (("tumor core=4",), "brats takes a new name for label 4"),
+        (("cavity=4",), "--labels names label 4 of 2023 and later; .* has cases of before"),
+    ],
+)
+def test_no_other_labels_are_named(tmp_path, raw, labels, message):
+    write_case(tmp_path / "d", "BraTS20_Training_001", 1, 2, 4)
+    with pytest.raises(UserError, match=message):
+        convert("brats", tmp_path / "d", "--dataset-id", 20, "--labels", *labels)
     assert not list(raw.iterdir())
 
 

@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from nibabel.processing import resample_to_output
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 from nnunet_multimodal.datasets import engine
@@ -140,6 +141,33 @@ def test_all_problems_are_said_at_once(source, raw):
     nifti(source / "b_pt.nii.gz", image(), shifted(1, 9))
     with pytest.raises(UserError, match=r"nothing is written:\na: .*labels 3[\s\S]*\nb: .*b_pt.nii.gz lies on"):
         run(source)
+
+
+SKEWED = AFFINE.copy()
+SKEWED[0, 1] = 0.4
+
+
+@pytest.mark.parametrize("remedy", ["nearest", "resampled"])
+def test_axes_that_are_not_perpendicular_have_a_remedy(source, raw, result, remedy):
+    """The one that the message and docs/howto/convert.md name."""
+    files = [nifti(source / f"a_{part}.nii.gz", image(seed), SKEWED) for seed, part in enumerate(("ct", "pt"))]
+    files.append(nifti(source / "a_seg.nii.gz", label_map(1), SKEWED))
+    with pytest.raises(UserError, match=r"a_ct.nii.gz: the axes of its affine \[\[1.0, 0.4, .* are not perpendicular"):
+        run(source)
+    assert not list(raw.iterdir())
+    for file in files:
+        loaded = nibabel.load(file)
+        if remedy == "nearest":
+            loaded.set_qform(loaded.affine, 1)
+            loaded.set_sform(loaded.get_qform(), 1)
+            nibabel.save(loaded, file)
+        else:
+            order = 0 if file.name.endswith("_seg.nii.gz") else 3
+            nibabel.save(resample_to_output(loaded, (1, 1.5, 2), order=order), file)
+    run(source)
+    axes = np.array(result().geometry("imagesTr/a_0000")[3]).reshape(3, 3)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-5)
+    result().verify()
 
 
 def test_a_fourth_dimension_of_one_is_taken_off(source, raw, result):

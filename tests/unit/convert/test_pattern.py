@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from nnunet_multimodal.datasets.base import SourceCase, case_name, group_folds, is_test, parse_labels
+from nnunet_multimodal.datasets.base import (
+    SourceCase,
+    case_name,
+    group_folds,
+    is_test,
+    list_files,
+    named_part,
+    parse_labels,
+)
 from nnunet_multimodal.datasets.pattern import compile_pattern
 from nnunet_multimodal.datasets.prepare import remap_labels
 from nnunet_multimodal.errors import UserError
@@ -75,6 +83,87 @@ def test_test_folders_become_test_images(tmp_path, raw, result):
     convert("pattern", tmp_path / "d", "--dataset-id", 7, *flags, "--labels", "lesion=1")
     assert result().names("labelsTr") == ["a.nii.gz"]
     assert result().names("labelsTs") == ["b.nii.gz"]
+
+
+PARTS = ("--pattern", "*/{case}_mr.nii.gz", "--label-pattern", "*/{case}_seg.nii.gz", "--channels", "MR")
+
+
+def convert_parts(folder, **parts):
+    """Cases by folder; those in capitals have no label map."""
+    for part, cases in parts.items():
+        for case in cases:
+            write(folder / part, f"{case.lower()}_mr.nii.gz")
+            if case.islower():
+                write(folder / part, f"{case}_seg.nii.gz", array=label_map(1))
+    convert("pattern", folder, "--dataset-id", 7, *PARTS, "--labels", "lesion=1")
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"), [("train", "val"), ("Training", "validation"), ("imagesTr", "imagesVa")]
+)
+def test_a_train_and_a_validation_folder_are_the_split(tmp_path, raw, result, train, validation):
+    convert_parts(tmp_path / "d", **{train: "ab", validation: "cd", "test": "eF", "more": "g"})
+    data = result()
+    assert data.names("labelsTr") == [f"{case}.nii.gz" for case in "abcdg"]
+    assert data.names("imagesTs") == ["e_0000.nii.gz", "f_0000.nii.gz"]
+    assert data.names("labelsTs") == ["e.nii.gz"]
+    assert data.splits == [{"train": ["a", "b", "g"], "val": ["c", "d"]}]
+    assert [data.table[case]["part"] for case in "abcdefg"] == ["train"] * 2 + ["val"] * 2 + ["test"] * 2 + ["train"]
+
+
+@pytest.mark.parametrize("validation", ["val", "validation"])
+def test_a_validation_folder_without_label_maps_is_one_of_test_images(tmp_path, raw, result, validation):
+    convert_parts(tmp_path / "d", **{"train": "ab", validation: "CD"})
+    assert result().names("imagesTs") == ["c_0000.nii.gz", "d_0000.nii.gz"]
+    assert not (result().folder / "splits_final.json").exists()
+
+
+def test_a_validation_folder_that_lacks_a_label_map_is_refused(tmp_path, raw):
+    with pytest.raises(UserError, match="d lacks a label map"):
+        convert_parts(tmp_path / "d", train="ab", val="cD")
+
+
+def test_a_validation_folder_without_a_training_folder(tmp_path, raw, result):
+    """Test images, or if it is only called val, which may be a place, what all others are."""
+    convert_parts(tmp_path / "d", **{"Lyon": "ab", "Val-de-Grace": "c", "validation": "d"})
+    assert result().names("labelsTr") == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert result().names("labelsTs") == ["d.nii.gz"]
+    assert not (result().folder / "splits_final.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("train/a.png", "train"),
+        ("imagesTr/a.png", "train"),
+        ("MICCAI_BraTS2020_TrainingData/a.png", "train"),
+        ("val/images/a.png", "val"),
+        ("images/val/a.png", "val"),
+        ("labelsVa/a.png", "val"),
+        ("valid_1/a.png", "val"),
+        ("validation_study/train/a.png", "train"),
+        ("train/ct_test/a.png", "test"),
+        ("test/train_001/a.png", "test"),
+        ("labelsTs/a.png", "test"),
+        ("trainee/valuable/contest/train.png", ""),
+    ],
+)
+def test_folders_name_parts(path, part):
+    assert named_part([PurePosixPath(path)]) == part
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    """Patients that lie elsewhere, and links that lead round in a circle."""
+    for name in ("elsewhere/p2/a.nii", "elsewhere/p2/b/c.nii", "d/p1/a.nii", "d/.hidden/a.nii"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "d" / "p2").symlink_to(tmp_path / "elsewhere" / "p2")
+    (tmp_path / "d" / "p1" / "up").symlink_to("..")
+    (tmp_path / "elsewhere" / "p2" / "b" / "back").symlink_to(tmp_path / "elsewhere" / "p2")
+    (tmp_path / "linked").symlink_to(tmp_path / "d")
+    for root in ("d", "linked"):
+        found = [file.as_posix() for file in list_files(tmp_path / root)]
+        assert found == ["p1/a.nii", "p2/a.nii", "p2/b/c.nii"]
 
 
 @pytest.mark.parametrize("ending", ["mha", "nrrd"])
@@ -164,11 +253,12 @@ def test_what_is_not_a_field_stands_for_itself(literal, case):
 
 @checked
 @given(
-    values=st.dictionaries(st.integers(0, 2000), st.integers(0, 300), min_size=1),
+    values=st.dictionaries(st.integers(0, 2000) | st.integers(65530, 10**6), st.integers(0, 300), min_size=1),
     kind=st.sampled_from([np.int16, np.uint16, np.int64, np.float32, np.float64]),
     data=st.data(),
 )
 def test_labels_are_those_of_a_dictionary(values, kind, data):
+    kind = np.dtype(kind).type if max(values) <= 2000 or np.dtype(kind).itemsize > 2 else np.int32
     shape = data.draw(array_shapes(max_dims=3, max_side=4))
     labels = data.draw(arrays(kind, shape, elements=st.sampled_from([kind(value) for value in values])))
     found = remap_labels(labels, values)
