@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from tests.contracts import TrainerContract
@@ -94,6 +95,7 @@ class TestCRNPTrainer(TrainerContract):
             with nnunet.environment():
                 trainer.run_training()
             assert trainer.network.num_modalities == 3
+            assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
 
     def test_crnp_plans_are_smaller_than_stock_for_the_same_memory(self, datasets):
         nnunet = datasets("labels")
