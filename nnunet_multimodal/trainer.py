@@ -330,7 +330,7 @@ class MultimodalTrainer(nnUNetTrainer):
         weights = None
         if self.enable_deep_supervision:
             loss, weights = loss.loss, loss.weight_factors
-            if len(weights) == 1:  # two stages: nnU-Net takes the coarsest resolution's weight away, and is left with NaN
+            if len(weights) == 1:  # two stages: nnU-Net takes the coarsest weight away, which leaves NaN
                 weights = (1.0,)
         soft = self.rater_policy.policy == MEAN
         return build_objective(unwrap(self.network), loss, weights, self.label_manager, soft)
