@@ -46,9 +46,10 @@ def cost_growth(result: Result, table: Table) -> str:
     above = [line for sweep in result["results"].values() for line in _above(sweep, result["linear"])]
     text += [
         "",
-        f"Above linear (time or memory, exponent over {result['linear']}). CIML: every segmentor hears all others, see its",
-        "terms above. CRNP in 2D: every position of the bottleneck attends to every other one, so both grow with the",
-        "square of its positions, of which three stages leave as many as 64 x 64. nnU-Net's plans leave 4 to 8 a side.",
+        f"Above linear (time or memory, exponent over {result['linear']}). CIML: every segmentor hears all others; its",
+        "terms stand above. CRNP in 2D: every position of the bottleneck attends to every other one, so that both",
+        "grow with the square of its positions, of which three stages leave as many as 64 x 64. nnU-Net's plans",
+        "leave 4 to 8 a side.",
         "",
     ]
     return "\n".join([*text, *(above or ["nothing."])])
