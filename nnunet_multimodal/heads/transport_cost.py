@@ -42,7 +42,11 @@ def pairwise_cost(samples: Tensor, annotations: Tensor, valid: Tensor | None, ki
     cost = torch.zeros((), device=samples.device)
     if "iou" in kind:
         inside = y[:, :, 0 if has_regions else 1 :]
-        area = inside.sum(3) if counts is None else torch.einsum("bmcv,bmv->bmc", inside.float(), counts.float())
+        area = (
+            inside.sum(3, dtype=torch.float32)
+            if counts is None
+            else torch.einsum("bmcv,bmv->bmc", inside.float(), counts.float())
+        )
         union = sizes + area[:, None] - common
         cost = cost + 1 - ((common + SMOOTH) / (union + SMOOTH)).mean(3)
     if "cross_entropy" in kind:
