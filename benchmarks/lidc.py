@@ -53,9 +53,12 @@ trainer.run_training()
 
 
 class Slices:
-    """The data, their middle ``crop`` x ``crop`` pixels, and which patients are held out."""
+    """The data, their middle ``crop`` x ``crop`` pixels, and which patients are held out.
 
-    def __init__(self, folder: Path, crop: int, held_out: int, seed: int) -> None:
+    No patient is held out in two folds.
+    """
+
+    def __init__(self, folder: Path, crop: int, held_out: int, seed: int, fold: int = 0) -> None:
         with np.load(folder / "lidc_dev.npz") as data:
             images, masks = data["images"], data["masks"]  # (N, 128, 128), (N, 4, 128, 128), uint8
             self.patients = data["patient"]
@@ -65,8 +68,10 @@ class Slices:
         self.nodule_pixels_lost = 1 - self.masks.sum(dtype=np.int64) / masks.sum(dtype=np.int64)
         generator = np.random.default_rng(seed)
         patients = np.unique(self.patients)
-        self.held_out = set(generator.choice(patients, held_out, replace=False).tolist())
+        first = generator.choice(patients, held_out, replace=False)
         self.rater = generator.integers(RATERS, size=len(self.images))  # the one of setting "one"
+        order = np.concatenate((first, generator.permutation(np.setdiff1d(patients, first))))
+        self.held_out = set(order[fold * held_out : (fold + 1) * held_out].tolist())
 
     def names(self, held_out: bool) -> Iterator[tuple[int, str]]:
         """Index and case name of the slices of one side of the split."""

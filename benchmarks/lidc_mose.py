@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -114,49 +116,57 @@ def distances(samples: np.ndarray, raters: np.ndarray, weights: Sequence[float] 
     return tuple(f(samples, raters, [NODULE], weights) for f in (generalized_energy_distance, matched_iou))
 
 
-def measure(folders: dict[str, Path], slices: Slices) -> dict[str, Any]:
-    """Means and standard errors over the held-out slices."""
-    columns: dict[str, list[float]] = {}
+@dataclass
+class Measured:
+    """Of held-out slices: a list for every column, the patients, what the majority mask reaches, and the curve."""
+
+    columns: dict[str, list[float]] = field(default_factory=dict)
+    patients: list[int] = field(default_factory=list)
+    majority: list[float] = field(default_factory=list)
     curve: ReliabilityCurve | None = None
-    for index, name in tqdm(list(slices.names(held_out=True)), desc="measure", leave=False):
-        raters, found = slices.masks[index], {}
-        for kind, folder in folders.items():
-            files = sorted((folder / "samples").glob(f"{name}__*.png"), key=lambda f: (len(f.name), f.name))
-            samples = np.stack([io.imread(file) for file in files])
-            if kind == "compact":
-                weights = json.loads((folder / f"{name}.json").read_text())["sample_weights"]
-                found["GED compact"], found["M-IoU compact"] = distances(samples, raters, weights)
-                continue
-            found["GED 16"], found["M-IoU 16"] = distances(samples[:FEW], raters)
-            found["GED 100"] = distances(samples, raters)[0]
-            mean = io.imread(folder / f"{name}.png")
-            found["Dice"] = score_distribution(mean, samples[:1], raters, [NODULE]).average.dice
-            with np.load(folder / f"{name}.npz") as npz:
-                probability = np.clip(npz["probabilities"][NODULE].squeeze(), 0, 1)
-            part = reliability_curve(probability, raters.mean(0, dtype=np.float32))
-            curve = part if curve is None else curve + part
-        for column, value in found.items():
-            columns.setdefault(column, []).append(value)
-    majority = [distances(majority_mask(slices.masks[index]), slices.masks[index])[0] for index in held_out(slices)]
-    difference = np.array(columns["GED 100"]) - majority
-    result = {
-        column: {"mean": round(float(np.mean(v)), 4), "standard_error": round(float(np.std(v) / len(v) ** 0.5), 4)}
-        for column, v in columns.items()
-    }
-    assert curve is not None
-    reliability = {"probability": curve.confidence, "raters": curve.frequency}
-    return {
-        **result,
-        "GED 100 less the majority mask's": over_patients(difference, slices.patients[held_out(slices)]),
-        "ECE": round(curve.expected_calibration_error, 6),
-        "reliability": {name: [round(float(v), 4) for v in values] for name, values in reliability.items()},
-        "pixels": curve.count.tolist(),
-    }
 
+    def add(self, folders: dict[str, Path], slices: Slices) -> None:
+        """The slices that a fold holds out."""
+        for index, name in tqdm(list(slices.names(held_out=True)), desc="measure", leave=False):
+            raters, found = slices.masks[index], {}
+            for kind, folder in folders.items():
+                files = sorted((folder / "samples").glob(f"{name}__*.png"), key=lambda f: (len(f.name), f.name))
+                samples = np.stack([io.imread(file) for file in files])
+                if kind == "compact":
+                    weights = json.loads((folder / f"{name}.json").read_text())["sample_weights"]
+                    found["GED compact"], found["M-IoU compact"] = distances(samples, raters, weights)
+                    continue
+                found["GED 16"], found["M-IoU 16"] = distances(samples[:FEW], raters)
+                found["GED 100"] = distances(samples, raters)[0]
+                mean = io.imread(folder / f"{name}.png")
+                found["Dice"] = score_distribution(mean, samples[:1], raters, [NODULE]).average.dice
+                with np.load(folder / f"{name}.npz") as npz:
+                    probability = np.clip(npz["probabilities"][NODULE].squeeze(), 0, 1)
+                part = reliability_curve(probability, raters.mean(0, dtype=np.float32))
+                self.curve = part if self.curve is None else self.curve + part
+            for column, value in found.items():
+                self.columns.setdefault(column, []).append(value)
+            self.patients.append(slices.patients[index])
+            self.majority.append(distances(majority_mask(raters), raters)[0])
 
-def held_out(slices: Slices) -> list[int]:
-    """Indices of the slices of held-out patients."""
-    return [index for index, _ in slices.names(held_out=True)]
+    def figures(self) -> dict[str, Any]:
+        """Means and standard errors over the slices."""
+        result = {
+            column: {"mean": round(float(np.mean(v)), 4), "standard_error": round(float(np.std(v) / len(v) ** 0.5), 4)}
+            for column, v in self.columns.items()
+        }
+        difference, patients = np.array(self.columns["GED 100"]) - self.majority, np.array(self.patients)
+        nearer = [difference[patients == patient].mean() < 0 for patient in np.unique(patients)]
+        assert self.curve is not None
+        reliability = {"probability": self.curve.confidence, "raters": self.curve.frequency}
+        return {
+            **result,
+            "GED 100 less the majority mask's": over_patients(difference, patients),
+            "patients nearer than the majority mask": [int(np.sum(nearer)), len(nearer)],
+            "ECE": round(self.curve.expected_calibration_error, 6),
+            "reliability": {name: [round(float(v), 4) for v in values] for name, values in reliability.items()},
+            "pixels": self.curve.count.tolist(),
+        }
 
 
 def majority_mask(raters: np.ndarray) -> np.ndarray:
@@ -176,11 +186,10 @@ def over_patients(values: np.ndarray, patients: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in figures.items()}
 
 
-def floors(slices: Slices) -> dict[str, dict[str, float]]:
+def floors(folds: Sequence[Slices]) -> dict[str, dict[str, float]]:
     """What reaches how much without an image, but with the raters' masks for two of them."""
     found: dict[str, list[tuple[float, float]]] = {"majority mask": [], "empty": [], "one rater": []}
-    for index, _ in slices.names(held_out=True):
-        raters = slices.masks[index]
+    for raters in (slices.masks[index] for slices in folds for index, _ in slices.names(held_out=True)):
         found["majority mask"].append(distances(majority_mask(raters), raters))
         found["empty"].append(distances(np.zeros_like(raters[:1]), raters))
         found["one rater"].append(tuple(np.mean([distances(r[None], raters) for r in raters], 0)))
@@ -237,6 +246,7 @@ def main() -> None:
     p.add_argument("--gpu-memory-target", type=float, default=0.06, help="sets the batch, on nnU-Net's scale")
     p.add_argument("--crop", type=int, default=64, metavar="PIXELS", help="edge of the middle that is used, of 128")
     p.add_argument("--held-out", type=int, default=20, metavar="PATIENTS")
+    p.add_argument("--folds", nargs="+", type=int, default=[0], help="no patient is held out in two; all are measured as one")
     p.add_argument("--models", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
     p.add_argument("--settings", nargs="+", default=list(DATASETS), choices=list(DATASETS))
     p.add_argument("--epochs", type=int, default=10)
@@ -247,27 +257,33 @@ def main() -> None:
     p.add_argument("--note", default="", help="recorded with the figures, for what a reader should know of the run")
     args = p.parse_args()
     args.work = (args.work or args.out.resolve().parent / "work" / "lidc_mose").resolve()
-    args.work.mkdir(parents=True, exist_ok=True)
-    (args.work / ".gitignore").write_text("*\n")
-    slices = Slices(common.data_folder(DATA), args.crop, args.held_out, args.seed)
-    convert(args, slices)
-    prepare(args)
-    last = max(name for _, name in slices.names(held_out=True))
-    methods = {}
-    for setting in args.settings:
-        for model in args.models:
+    base = args.work
+    base.mkdir(parents=True, exist_ok=True)
+    (base / ".gitignore").write_text("*\n")
+    folds = [Slices(common.data_folder(DATA), args.crop, args.held_out, args.seed, fold) for fold in args.folds]
+    measured: dict[str, Measured] = {}
+    seconds: dict[str, int] = {}
+    for fold, slices in zip(args.folds, folds, strict=True):
+        args.work = base / f"fold_{fold}"
+        args.work.mkdir(exist_ok=True)
+        convert(args, slices)
+        prepare(args)
+        last = max(name for _, name in slices.names(held_out=True))
+        for model, setting in product(args.models, args.settings):
+            name = f"{model}, {setting}"
             folder, predictions = train_and_predict(args, model, setting, last)
-            seconds = round(training_seconds(folder / "fold_all"))
-            methods[f"{model}, {setting}"] = {**measure(predictions, slices), "training_s": seconds}
-            print(f"{model}, {setting}", methods[f"{model}, {setting}"], flush=True)
-            if (model, setting) == ("MoSE", "all"):
+            seconds[name] = seconds.get(name, 0) + round(training_seconds(folder / "fold_all"))
+            measured.setdefault(name, Measured()).add(predictions, slices)
+            print(f"fold {fold}, so far:", name, measured[name].figures(), flush=True)
+            if (name, fold) == ("MoSE, all", args.folds[0]):
                 cases = [Case(name, slices.images[i], slices.masks[i]) for i, name in slices.names(held_out=True)]
                 draw_experts(args, quantile_cases(cases, ROWS), predictions)
-    floor = floors(slices)
+    methods = {name: {**own.figures(), "training_s": seconds[name]} for name, own in measured.items()}
+    floor = floors(folds)
     draw(args, methods, floor)
     figures = {
-        "repeats": 1, "note": args.note, "paper": PAPER, "held_out_slices": len(list(slices.names(held_out=True))),
-        "methods": methods, "floors": floor,
+        "repeats": 1, "note": args.note, "paper": PAPER, "methods": methods, "floors": floor,
+        "held_out_slices": sum(len(list(slices.names(held_out=True))) for slices in folds),
     }  # fmt: skip
     common.write(args, args.name, figures)
 
