@@ -188,9 +188,12 @@ def over_patients(values: np.ndarray, patients: np.ndarray) -> dict[str, float]:
 
 def floors(folds: Sequence[Slices]) -> dict[str, dict[str, float]]:
     """What reaches how much without an image, but with the raters' masks for two of them."""
-    found: dict[str, list[tuple[float, float]]] = {"majority mask": [], "empty": [], "one rater": []}
+    found: dict[str, list[tuple[float, float]]] = {
+        name: [] for name in ("majority mask", "consensus command", "empty", "one rater")
+    }
     for raters in (slices.masks[index] for slices in folds for index, _ in slices.names(held_out=True)):
         found["majority mask"].append(distances(majority_mask(raters), raters))
+        found["consensus command"].append(distances((2 * raters.sum(0) > len(raters)).astype(np.uint8)[None], raters))
         found["empty"].append(distances(np.zeros_like(raters[:1]), raters))
         found["one rater"].append(tuple(np.mean([distances(r[None], raters) for r in raters], 0)))
     return {
@@ -246,7 +249,9 @@ def main() -> None:
     p.add_argument("--gpu-memory-target", type=float, default=0.06, help="sets the batch, on nnU-Net's scale")
     p.add_argument("--crop", type=int, default=64, metavar="PIXELS", help="edge of the middle that is used, of 128")
     p.add_argument("--held-out", type=int, default=20, metavar="PATIENTS")
-    p.add_argument("--folds", nargs="+", type=int, default=[0], help="no patient is held out in two; all are measured as one")
+    p.add_argument(
+        "--folds", nargs="+", type=int, default=[0], help="no patient is held out in two; all are measured as one"
+    )
     p.add_argument("--models", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
     p.add_argument("--settings", nargs="+", default=list(DATASETS), choices=list(DATASETS))
     p.add_argument("--epochs", type=int, default=10)

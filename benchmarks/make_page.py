@@ -154,11 +154,38 @@ def sts(result: Result) -> str:
     return "\n".join(text)
 
 
+def report_size(result: Result) -> str:
+    """Bytes, what making the page costs, and what a browser says of it."""
+    bytes_of, report, opened = result["bytes"], result["report"], result["browser"]
+    megabytes = {name: f"{size / 1e6:.1f} MB" for name, size in bytes_of.items()}
+    problems = len(opened["console_errors_and_warnings"])
+    rows = [
+        *((f"files of {kind}", megabytes[kind]) for kind in ("images", "labels", "predictions")),
+        ("page", megabytes["page"]),
+        ("of which pictures, at most (`--megabytes`)", megabytes["pictures_at_most"]),
+        ("making it", f"{report['processor_seconds']:.0f} s of one processor, {report['seconds']:.0f} s in all"),
+        ("peak memory", f"{report['peak_resident_bytes'] / 1e9:.2f} GB"),
+        ("opened, to the first case's pictures", f"{opened['seconds_to_first_pictures']:.1f} s"),
+        ("to another case's", f"{opened['seconds_to_another_case']:.1f} s"),
+        ("errors and warnings in the console", problems),
+        ("requests of a network", len(opened["requests_of_a_network"])),
+    ]
+    text = [
+        "Synthetic cases of four modalities, with references, predictions, 20 samples and three maps each, evaluated;",
+        "opened by headless Chromium without a GPU. Where the load (below) exceeds the cores, seconds are others' too.",
+        f"The page shows {result['shown_samples']} samples of each, and says: {opened['smaller'].split('  ')[0]}",
+        "",
+        table(("", ""), rows),
+    ]
+    return "\n".join(text)
+
+
 # benchmark -> its heading and what writes its section
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "sts": ("Real PET/CT/MR data", sts),
     "crnp_cost": ("What CRNP costs", crnp_cost),
     "handwritten": ("CRNP on vectors: Handwritten", handwritten),
+    "report_size": ("How large is a report?", report_size),
     **{
         name: (heading, partial(write, table=table))
         for name, (heading, write) in {

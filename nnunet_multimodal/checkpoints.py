@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import pydoc
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,35 +23,102 @@ HARMLESS = frozenset(
     {"numpy.dtype", "numpy.ndarray", "_codecs.encode"}
     | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
 )
-HARMLESS_DTYPE = re.compile(r"numpy\.dtypes\.[A-Za-z0-9]+DType")  # no further dot: it would be an attribute's attribute
+NUMBERS = re.compile(r"[biufc]\d+")  # what NumPy pickles of the type of an array of numbers
 LAYERS = ("torch.nn.", "dynamic_network_architectures.", "nnunetv2.", "nnunet_multimodal.")
 ARCHITECTURES = "dynamic_network_architectures.architectures"
 
 
-def refuse_code(file: str | os.PathLike) -> None:
-    """Refuse a checkpoint with more than tensors, numbers, text and arrays; the file is not unpickled for it.
+class _Inert:
+    """What stands for everything that a checkpoint names, and takes whatever is done with it."""
 
-    Before torch 2.6, which cannot tell, nothing is refused.
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+class _NotNumbersError(Exception):
+    """An array or its type, in words."""
+
+
+class _InertType(_Inert):
+    """``numpy.dtype``: that of numbers alone, in NumPy's own words."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if not args or not isinstance(args[0], str) or not NUMBERS.fullmatch(args[0]):
+            raise _NotNumbersError(f"type {', '.join(map(str, args))}")
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or state[2:] != (None, None, None, -1, -1, 0):  # the last says: no objects
+            raise _NotNumbersError(f"type with state {state}")
+
+
+class _InertArray(_Inert):
+    """``numpy.ndarray``: NumPy pickles its name, and never a call, which would lay any bytes out as objects."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise _NotNumbersError("call of numpy.ndarray")
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's pickle; nothing that it names is imported or called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Something inert."""
+        return {"numpy.dtype": _InertType, "numpy.ndarray": _InertArray}.get(f"{module}.{name}", _Inert)
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A tensor's storage."""
+        return None
+
+
+def refuse_code(file: str | os.PathLike) -> None:
+    """Refuse a checkpoint with more than tensors, numbers, text and arrays of numbers; none of it is made for that.
+
+    An array of objects made of bytes would take these for addresses. Before torch 2.6, which cannot tell what a
+    checkpoint names, nothing is refused.
 
     Raises:
-        UserError: it names something else, or is no checkpoint.
+        UserError: it names or holds something else, or is no checkpoint.
     """
     read = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
     if read is None:
         return
-    try:
-        named = set(read(file))
-    except (RuntimeError, OSError, ValueError, EOFError, IndexError, struct.error, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{file} is not a whole checkpoint as torch.save writes it ({reason}); copy it again or train anew"
-        ) from error
-    unknown = sorted(name for name in named - HARMLESS if not HARMLESS_DTYPE.fullmatch(name))
+    with _whole(file):
+        unknown = sorted(set(read(file)) - HARMLESS)
     if unknown:
         raise UserError(
             f"{file} would import {', '.join(unknown)} when loaded, which nnU-Net's checkpoints do not, and could run "
             "any code; if you trust where it comes from, use nnUNetv2_predict"
         )
+    try:
+        with _whole(file):
+            pickled = torch._C.PyTorchFileReader(str(file)).get_record("data.pkl")
+            _InertUnpickler(io.BytesIO(pickled), encoding="utf-8").load()
+    except _NotNumbersError as error:
+        raise UserError(
+            f"{file} has an array that is not of numbers ({error}), which nnU-Net's checkpoints have not, and which "
+            "could crash Python or run any code; if you trust where it comes from, use nnUNetv2_predict"
+        ) from error
+
+
+@contextmanager
+def _whole(file: str | os.PathLike) -> Iterator[None]:
+    """Say that a checkpoint is damaged, whatever that makes torch or pickle raise."""
+    try:
+        yield
+    except _NotNumbersError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{file} is not a whole checkpoint as torch.save writes it ({reason}); copy it again or train anew"
+        ) from error
 
 
 def refuse_plans(file: str | os.PathLike, plans: Mapping[str, Any]) -> None:

@@ -207,7 +207,7 @@ def write_placeholders(folder: Folder, missing: Sequence[tuple[str, int]], files
 def write_manifest(folder: Folder, present: dict[str, Sequence[bool]]) -> None:
     """Write the table; beside, then renamed."""
     beside = folder.manifest.with_name(f".{MANIFEST}.part")
-    with beside.open("w", newline="") as lines:
+    with beside.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(["case", *folder.channels])
         writer.writerows([case, *map(int, there)] for case, there in sorted(present.items()))

@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{option.replace('_', '-')} is not for {args.name}; it is for {takes}")
     raw = check_target(args.dataset_id, args.dataset_name)
     with half_written(raw / f"Dataset{args.dataset_id:03d}") as beside:
+        check_free(args.dataset_id)
         source = import_module(f"nnunet_multimodal.datasets.{args.name}").read(
             Request(
                 path=args.source,
@@ -106,9 +107,12 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.resample not in (None, LABELS_GRID, *source.channels):
             raise UserError(f"--resample {args.resample}: give {LABELS_GRID} or one of {', '.join(source.channels)}")
+        name = args.dataset_name or source.name
+        if not name:
+            raise UserError(f"{args.source}: its name has no letter or digit of ASCII; name the data set with --name")
         conversion = Conversion(source, args.link, args.resample, args.np)
         summary = convert(conversion, beside / "dataset", args.incomplete or source.incomplete)
-        folder = raw / f"Dataset{args.dataset_id:03d}_{args.dataset_name or source.name}"
+        folder = raw / f"Dataset{args.dataset_id:03d}_{name}"
         (beside / "dataset").rename(folder)
     print(f"{summary}\n{folder}")
     if (folder / "imagesTr" / "modalities.csv").is_file():
@@ -123,7 +127,7 @@ def check_target(dataset_id: int, name: str | None) -> Path:
     """nnU-Net's raw folder.
 
     Raises:
-        UserError: it is not set, the number is not of nnU-Net's kind or taken, or the name has other characters.
+        UserError: it is not set, the number is not of nnU-Net's kind, or the name has other characters.
     """
     if not nnUNet_raw.is_set():
         raise UserError("nnUNet_raw is not set; it names the folder of data sets")
@@ -131,11 +135,15 @@ def check_target(dataset_id: int, name: str | None) -> Path:
         raise UserError(f"--dataset-id {dataset_id}: give a number from 1 to 999")
     if name is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise UserError(f"--name {name!r}: letters, digits, - and _ alone")
+    raw = Path(nnUNet_raw)
+    raw.mkdir(parents=True, exist_ok=True)
+    return raw
+
+
+def check_free(dataset_id: int) -> None:
+    """Raise a UserError if a data set has the number."""
     taken = find_candidate_datasets(dataset_id)
     if len(taken):
         raise UserError(
             f"--dataset-id {dataset_id} is taken by {', '.join(taken)} in nnU-Net's folders; give another one"
         )
-    raw = Path(nnUNet_raw)
-    raw.mkdir(parents=True, exist_ok=True)
-    return raw

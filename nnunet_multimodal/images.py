@@ -159,5 +159,7 @@ def _geometry(properties: Mapping[str, Any]) -> dict[str, Any]:
     """What the readers of nnU-Net tell about the grid; PNG has nothing but a spacing of 1."""
     affine = properties.get("nibabel_stuff", {})
     affine = affine.get("reoriented_affine", affine.get("original_affine"))
-    itk = {name: value for name, value in properties.get("sitk_stuff", {}).items() if name in ("origin", "direction")}
-    return {"spacing": tuple(properties["spacing"]), **itk, **({} if affine is None else {"affine": affine.tolist()})}
+    sitk = properties.get("sitk_stuff", {})
+    grid = {"spacing": properties["spacing"], **{name: sitk[name] for name in ("origin", "direction") if name in sitk}}
+    told = {name: tuple(map(float, values)) for name, values in grid.items()}  # plain numbers, for messages
+    return told if affine is None else {**told, "affine": affine.tolist()}

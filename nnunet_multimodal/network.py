@@ -189,6 +189,13 @@ class MultimodalUNet(nn.Module):
         backbone = self.backbone.compute_conv_feature_map_size(input_size)
         return backbone + self.head.compute_conv_feature_map_size(input_size, self.deep_supervision)
 
+    def further_parameters(self) -> int:
+        """Number of the backbone's parameters beyond one encoder and one decoder, as nnU-Net's own network has them."""
+        one = next(iter(self.backbone.encoder_modalities())), self.backbone.decoders()[0]
+        backbone, *nnunets = (self.backbone, *map(self.backbone.get_submodule, one))
+        count, *of_one = (sum(p.numel() for p in module.parameters()) for module in (backbone, *nnunets))
+        return count - sum(of_one)
+
     @staticmethod
     def initialize(module: nn.Module) -> None:
         """nnU-Net's initialisation, applied to every module."""

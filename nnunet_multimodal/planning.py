@@ -19,8 +19,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
@@ -36,6 +38,10 @@ NETWORK_CLASS = f"{MultimodalUNet.__module__}.{MultimodalUNet.__name__}"
 SHARED_DATA = "nnUNetMultimodalPlans"
 NETWORK_OPTIONS = ("modalities", "dedicated")  # arguments of the network itself
 STOCK_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
+# What training holds in half precision of a parameter (itself, gradient, momentum, and itself once more in half) and,
+# at its peak, of an element of nnU-Net's feature maps, whose reference has the parameters of nnU-Net's network in it
+# (benchmarks/planning_target.py).
+PARAMETER_BYTES, ELEMENT_BYTES = 14, 5.1
 READS, SECONDS_BETWEEN = 5, 0.5  # of a file that another fold may be writing
 
 
@@ -207,18 +213,22 @@ class MultimodalPlannerMixin(ExperimentPlanner):
     def static_estimate_VRAM_usage(  # noqa: N802
         self, patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
     ):
-        """Feature map elements of our network for a patch."""
+        """Feature map elements of our network for a patch, with what stands for its further encoders' parameters.
+
+        nnU-Net builds the network for every patch that it considers; here without memory and initial weights.
+        """
         # nnU-Net counts labels, which are more than the regions
         if BACKBONES[self.backbone].PREDICTS or HEADS[self.head].STOCHASTIC:
             output_channels = self.label_manager.num_segmentation_heads
-        return ExperimentPlanner.static_estimate_VRAM_usage(
-            patch_size,
-            input_channels,
-            output_channels,
-            arch_class_name,
-            {**arch_kwargs, **self._method()},
-            arch_kwargs_req_import,
-        )
+        with torch.device("meta"):
+            network = get_network_from_plans(
+                arch_class_name, {**arch_kwargs, **self._method()}, arch_kwargs_req_import, input_channels,
+                output_channels, allow_init=False,
+            )  # fmt: skip
+        is_2d = len(patch_size) == 2
+        batch = self.UNet_reference_val_corresp_bs_2d if is_2d else self.UNet_reference_val_corresp_bs_3d
+        parameters = network.further_parameters() * PARAMETER_BYTES / ELEMENT_BYTES / batch
+        return network.compute_conv_feature_map_size(patch_size) + round(parameters)
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         """nnU-Net's, which keeps configurations that a user added; the file is whole or not there."""

@@ -276,10 +276,9 @@ def read_manifest(file: Path, channels: Sequence[str]) -> dict[str, list[bool]]:
     """Case -> which modalities it has, from the table that ``nnunet-multimodal complete`` writes.
 
     Raises:
-        UserError: other columns, or an entry that is neither 0 nor 1.
+        UserError: not a table in UTF-8, other columns, or an entry that is neither 0 nor 1.
     """
-    with file.open(newline="") as lines:
-        rows = [row for row in csv.reader(lines) if row]
+    rows = _read_rows(file)
     if not rows or rows[0] != ["case", *channels]:
         found = ",".join(rows[0]) if rows else "nothing"
         raise UserError(f"{file} begins with {found!r}, not 'case,{','.join(channels)}'; correct it or delete it")
@@ -296,9 +295,16 @@ def manifest_of(dataset_name: str) -> tuple[Path, dict[str, list[bool]]]:
     file = Path(nnUNet_raw or "") / dataset_name / "imagesTr" / MANIFEST
     if not nnUNet_raw or not file.is_file():
         return file, {}
-    with file.open(newline="") as lines:
-        columns = next(csv.reader(lines), [])
+    columns = next(iter(_read_rows(file)), [])
     return file, read_manifest(file, columns[1:])
+
+
+def _read_rows(file: Path) -> list[list[str]]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets begin it with a mark
+            return [row for row in csv.reader(lines) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read ({error}); save it as CSV in UTF-8") from error
 
 
 def cases_without(dataset_name: str, groups: Sequence[Sequence[int]]) -> set[str]:

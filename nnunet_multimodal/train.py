@@ -8,9 +8,10 @@ flag, the trainers (nnU-Net's too), the folders and the batch size of the plans,
 nnU-Net's. All machines must see the same nnUNet_preprocessed and nnUNet_results. Without torchrun it trains in one
 process, as nnUNetv2_train does.
 
---seed repeats the initial weights, the batches, what losses draw and which modalities are dropped: bit for bit on one
-CPU or GPU of the same kind, with the same versions and number of processes, with nnUNet_n_proc_DA=0. It does not cover
-nnU-Net's background workers, which augment and arrive in no fixed order, nor --c, which starts to draw anew.
+--seed repeats the initial weights, the batches, what losses draw and which modalities are dropped: bit for bit on CPUs
+of the same kind, with the same versions, threads and processes, with nnUNet_n_proc_DA=0. On GPUs it takes deterministic
+kernels, and torch warns of operations that have none. It does not cover these, nor nnU-Net's background workers, which
+augment and arrive in no fixed order, nor --c, which starts to draw anew.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_multimodal.doctor import cpu_cores
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import read_json
+from nnunet_multimodal.provenance import log_start
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it matrix products on GPUs may differ from run to run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,9 +76,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--val_best needs the checkpoint that --disable_checkpointing leaves out; give one of them")
     if args.pretrained_weights and args.c:
         raise UserError("-pretrained_weights begins a training and --c goes on with one; give one of them")
+    with kernels(deterministic=args.seed is not None):
+        _train(args)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
     under_torchrun = "RANK" in os.environ
     device = local_device(args.device)
-    cudnn.benchmark, cudnn.deterministic = args.seed is None, args.seed is not None
     dataset = maybe_convert_to_dataset_name(int(args.dataset) if args.dataset.isdigit() else args.dataset)
     read_json(Path(nnUNet_preprocessed) / dataset / f"{args.p}.json", "configurations")
     trainer = get_trainer_from_args(
@@ -90,13 +98,14 @@ def run(args: argparse.Namespace) -> int:
     with wrapped_for(device):
         maybe_load_checkpoint(trainer, args.c, args.val, args.pretrained_weights)
         if not args.val:
+            processes = distributed.get_world_size() if under_torchrun else 1
+            log_start(trainer, seed=args.seed, processes=processes)  # of nnU-Net's own trainers too
             trainer.run_training()
     if args.val_best:
         trainer.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_best.pth"))
     trainer.perform_actual_validation(args.npz)
     if under_torchrun:
         distributed.destroy_process_group()
-    return 0
 
 
 def local_device(kind: str) -> torch.device:
@@ -146,6 +155,28 @@ def wrapped_for(device: torch.device) -> Iterator[None]:
         yield
     finally:
         trainer_module.DDP = original
+
+
+@contextmanager
+def kernels(deterministic: bool) -> Iterator[None]:
+    """Deterministic kernels where there are some, torch warns where not; or, as in nnU-Net, the fastest of cuDNN.
+
+    Afterwards all is as before.
+    """
+    fastest, repeatable = cudnn.benchmark, cudnn.deterministic
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(CUBLAS_WORKSPACE)
+    cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # read when cuBLAS starts
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = fastest, repeatable
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        if workspace is None:
+            os.environ.pop(CUBLAS_WORKSPACE, None)
 
 
 def seed_everything(seed: int) -> None:

@@ -33,9 +33,11 @@ from nnunet_multimodal.nonfinite import (
     MAX_SKIPPED_STEPS,
     SKIPPED_REMEDY,
     NonFiniteGradientError,
+    RunningStatistics,
     name_nonfinite_input,
     name_nonfinite_terms,
     refuse_nonfinite_gradients,
+    refuse_small_scale,
 )
 from nnunet_multimodal.planning import OPTIONS_KEY, check_same_options, network_kwargs, resolve_options
 from nnunet_multimodal.preprocessing import (
@@ -45,6 +47,7 @@ from nnunet_multimodal.preprocessing import (
     check_incomplete,
     check_preprocessed,
 )
+from nnunet_multimodal.provenance import log_start
 from nnunet_multimodal.raters.preprocessing import raters_folder
 from nnunet_multimodal.raters.training import CONSENSUS, MEAN, RANDOM, RaterDataset, RaterPolicy, split_targets
 from nnunet_multimodal.transforms import keep_foreground, keep_raters
@@ -107,7 +110,9 @@ class MultimodalTrainer(nnUNetTrainer):
             know_placeholders(self.plans_manager.plans)
         super().initialize()
         self.skipped: list[str] = []
-        if self.grad_scaler is None:
+        self.num_skipped = 0  # of all epochs
+        self.statistics = RunningStatistics(unwrap(self.network))
+        if self.grad_scaler is None:  # which looks for itself; the hook would wait for the GPU once more in each step
             self.optimizer.register_step_pre_hook(refuse_nonfinite_gradients)
 
     @classmethod
@@ -192,6 +197,11 @@ class MultimodalTrainer(nnUNetTrainer):
         transforms = super().get_validation_transforms(*args, **kwargs)
         return keep_foreground(transforms) if HEADS[cls.head].NEEDS_FOREGROUND else transforms
 
+    def on_train_start(self) -> None:
+        """nnU-Net's; the log then says what it starts with."""
+        super().on_train_start()
+        log_start(self)
+
     def on_epoch_start(self) -> None:
         """nnU-Net's, and the loss is told how far the training is."""
         super().on_epoch_start()
@@ -208,8 +218,13 @@ class MultimodalTrainer(nnUNetTrainer):
         file = str(filename_or_checkpoint)  # nnU-Net's cannot load a dict, whatever its signature says
         refuse_code(file)
         check_trainer(file, torch.load(file, map_location="cpu", weights_only=False, mmap=True), type(self).__name__)
+        usual = None if self.grad_scaler is None else self.grad_scaler.state_dict()
         with other_network(file):
             super().load_checkpoint(file)
+        if usual and self.grad_scaler.get_scale() < LOWEST_USUAL_SCALE:  # lowered by what has been mended since
+            low = self.grad_scaler.get_scale()
+            self.print_to_log_file(f"Loss scale {usual['scale']:g} in place of {low:.3g} in {file}, lower than usual")
+            self.grad_scaler.load_state_dict(usual)
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's, beside and then renamed: who is killed meanwhile leaves the one before."""
@@ -219,10 +234,10 @@ class MultimodalTrainer(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's, on the modalities that :class:`ModalityDropout` leaves.
 
-        A step whose loss or gradient is not finite leaves the weights as they are; its loss is NaN.
+        A step whose loss or gradient is not finite leaves weights and running statistics as they are; its loss is NaN.
 
         Raises:
-            UserError: more than ``MAX_SKIPPED_STEPS`` such steps in this epoch.
+            UserError: more than ``MAX_SKIPPED_STEPS`` such steps in this epoch, or a loss scale below ``LOWEST_SCALE``.
         """
         images = batch["data"]
         if self.dropout is not None:
@@ -234,18 +249,8 @@ class MultimodalTrainer(nnUNetTrainer):
         if self.raters is not None:
             batch = self._with_raters(batch)
         try:
-            scale = 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
-            refused = False
-            try:
-                result = super().train_step(batch)
-            except NonFiniteGradientError:
-                result, refused = {"loss": np.array(np.nan, dtype=np.float32)}, True
-            except (RuntimeError, IndexError):
-                self._refuse_labels(batch)
-                raise
-            if self.grad_scaler is not None:
-                refused = self.grad_scaler.get_scale() < min(scale, LOWEST_USUAL_SCALE)
-            if refused or not np.isfinite(result["loss"]):
+            result, skipped = self._take_step(batch)
+            if skipped:
                 self._count_skipped(batch, images)
             return result
         finally:
@@ -267,6 +272,29 @@ class MultimodalTrainer(nnUNetTrainer):
         if finite.any() and not finite.all():  # as many on every process, and in nnU-Net's shape
             train_outputs = [{"loss": np.asarray(loss)} for loss in np.where(finite, losses, losses[finite].mean())]
         super().on_train_epoch_end(train_outputs)
+
+    def _take_step(self, batch: dict) -> tuple[dict, bool]:
+        """nnU-Net's step, and whether it counts as skipped."""
+        scale = self._loss_scale()
+        refuse_small_scale(scale, self.num_skipped, self.log_file)
+        self.statistics.keep()
+        refused = False
+        try:
+            result = super().train_step(batch)
+        except NonFiniteGradientError:
+            result, refused = {"loss": np.array(np.nan, dtype=np.float32)}, True
+        except (RuntimeError, IndexError):
+            self._refuse_labels(batch)
+            raise
+        now = self._loss_scale()
+        failed = refused or not np.isfinite(result["loss"])
+        # statistics may be of another process's batch too
+        if failed or now < scale or not self.statistics.finite():
+            self.statistics.put_back()
+        return result, failed or now < min(scale, LOWEST_USUAL_SCALE)
+
+    def _loss_scale(self) -> float:
+        return 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
 
     def _refuse_labels(self, batch: dict) -> None:
         """Raise a UserError if a step failed on labels that dataset.json does not declare."""
@@ -291,11 +319,13 @@ class MultimodalTrainer(nnUNetTrainer):
         else:
             with torch.no_grad(), torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
                 found += name_nonfinite_terms(unwrap(self.network), self.loss, batch, self.device)
+            self.statistics.put_back()
         message = (
             f"loss or gradient not finite in epoch {self.current_epoch}, {where}cases {', '.join(cases)}: "
             f"{'; '.join(found) or nothing}"
         )
         self.skipped.append(message)
+        self.num_skipped += 1
         self.print_to_log_file(f"Step skipped ({len(self.skipped)} of at most {MAX_SKIPPED_STEPS} an epoch): {message}")
         if len(self.skipped) > MAX_SKIPPED_STEPS:
             raise UserError(

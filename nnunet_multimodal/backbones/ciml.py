@@ -26,15 +26,15 @@ Deviations from the paper, each with its reason:
   all that are there; in training too, so it is learnt wherever training cases lack modalities (``CIMLModalityDropout``)
   and is a guess elsewhere.
 - Segmentors run one after the other: on a CPU all at once, as grouped convolutions, is between 1 % faster and 7 %
-  slower in training (``benchmarks/ciml_cost.py``; not measured on a GPU). Gates run twice in training: what they make
-  for every message of every segmentor is not kept but made again in the backward pass. With four segmentors that leaves
-  a third of the memory.
+  slower in training (``benchmarks/ciml_cost.py``; not measured on a GPU). Gates run twice in training, a slab of voxels
+  at a time: what they make for every message of every segmentor is not kept but made again in the backward pass.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,13 +53,7 @@ from nnunet_multimodal.backbones.base import (
 from nnunet_multimodal.decomposition import check_subtasks, decompose
 
 MIN_VARIANCE = 1e-8
-# Feature maps that a gate makes for each message, in units of a convolution's, which autograd keeps twice (before and
-# after its normalisation). They are made again in the backward pass, those of one segmentor and stage at a time, when
-# its decoder has let go of the finest ones. So the peak grows by a part of the finest stage's; with many messages by a
-# larger one, less what the decoder let go of. Fitted for 2 to 8 segmentors (benchmarks/ciml_cost.py), between what a
-# step keeps and its peak, which for eight lie 38 % further apart than for nnU-Net's network.
-MESSAGE_MAPS, ATTENTION_MAPS, VARIATIONAL_MAPS = 0.5, 0.75, 1.9
-PART_OF_FEW, PART_OF_MANY, LET_GO = 0.3, 0.508, 1.31
+SLAB = {"cpu": 2**20, "cuda": 2**25}  # elements of the messages that a gate works on at once in training
 
 
 class InformationGate(nn.Module):
@@ -93,27 +87,33 @@ class InformationGate(nn.Module):
         self.mean = topology.conv_op(channels, channels, 1, groups=num_messages)
         self.deviation = topology.conv_op(channels, channels, 1, groups=num_messages) if variational else None
 
-    def feature_maps(self) -> float:
-        """Feature maps of its stage that it makes."""
-        attention, variational = self.attention is not None, self.deviation is not None
-        return self.num_messages * (MESSAGE_MAPS + ATTENTION_MAPS * attention + VARIATIONAL_MAPS * variational)
-
-    def forward(self, own: Tensor, messages: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The Gaussian of the complementary information of each message; in evaluation its mean alone.
+    def attend(self, own: Tensor, present: Tensor, *messages: Tensor) -> Tensor | None:
+        """A map for each message (B, K, *D), from the averages over the channels; None without attention.
 
         Args:
             own: the segmentor's embedding (B, F, *D).
-            messages: the others' (B, K, F, *D).
-            present: which of them are sent (B, K), bool.
+            present: which messages are sent (B, K), bool.
+            messages: K of the others' embeddings, each (B, F, *D).
+        """
+        if self.attention is None:
+            return None
+        sent = present.view(*present.shape, *(1,) * (own.ndim - 2))
+        averages = torch.stack([message.mean(1) for message in messages], 1) * sent
+        return self.attention(torch.cat((averages, own.mean(1, keepdim=True)), 1))
+
+    def forward(self, messages: Tensor, weights: Tensor | None, present: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The Gaussian of the complementary information of each message, voxel by voxel; in evaluation its mean alone.
+
+        Args:
+            messages: (B, K, F, *D).
+            weights: the attention's (B, K, *D), or None.
+            present: which messages are sent (B, K), bool.
 
         Returns:
             mean and variance (B, K, F, *D), zero where nothing is sent; the variance is None in evaluation.
         """
-        sent = present.view(*present.shape, *(1,) * own.ndim)[..., 0]  # (B, K, 1, *1)
-        if self.attention is not None:
-            pooled = torch.cat((messages.mean(2) * sent[:, :, 0], own.mean(1, keepdim=True)), 1)  # (B, K + 1, *D)
-            messages = messages * self.attention(pooled)[:, :, None]
-        messages = messages.flatten(1, 2)
+        sent = present.view(*present.shape, *(1,) * (messages.ndim - 2))  # (B, K, 1, *1)
+        messages = (messages if weights is None else messages * weights[:, :, None]).flatten(1, 2)
         mean = self.mean(messages).unflatten(1, (self.num_messages, -1)) * sent
         if self.deviation is None or not self.training:
             return mean, None
@@ -184,23 +184,50 @@ class Segmentor(nn.Module):
             present: which of them are sent (B, K).
         """
         skips, divergences = list(embeddings), []
-        for stage in range(len(self.gates)):
+        for stage, gate in enumerate(self.gates):
             sent = [other[stage] for other in messages]
             if self.training and torch.is_grad_enabled():
-                # K messages have several feature maps each in a gate, which is quick to run again in the backward pass
-                again = checkpoint(self.hear, stage, embeddings[stage], present, *sent, use_reentrant=False)
-                skips[stage], divergence = again
+                skips[stage], divergence = self.hear_in_slabs(stage, embeddings[stage], present, sent)
             else:
-                skips[stage], divergence = self.hear(stage, embeddings[stage], present, *sent)
+                weights = gate.attend(embeddings[stage], present, *sent)
+                skips[stage], divergence = self.hear(stage, embeddings[stage], weights, present, *sent)
             if divergence is not None:
                 divergences.append(divergence)
         features = self.decoder(skips)
         logits = [layer(f) for layer, f in zip(self.seg_layers, features, strict=True)]
         return [*features, skips[-1]], logits, divergences
 
-    def hear(self, stage: int, own: Tensor, present: Tensor, *messages: Tensor) -> tuple[Tensor, Tensor | None]:
+    def hear_in_slabs(
+        self, stage: int, own: Tensor, present: Tensor, messages: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`hear` gives, for training: nothing of it is kept for the backward pass but the attention.
+
+        A gate has several feature maps for each message, half of them in single precision, and is quick to run again.
+        But for the attention all of it is voxel by voxel, so that the maps of a slab at a time are enough.
+        """
+        attend: Any = self.gates[stage].attend
+        again = partial(checkpoint, use_reentrant=False)
+        weights = again(attend, own, present, *messages)
+        elements = len(messages) * math.prod(own[:, :, :1].shape)
+        size = max(1, SLAB.get(own.device.type, SLAB["cpu"]) // elements)
+        split = [tensor.split(size, 2) for tensor in (own, *messages)]
+        of_weights = [None] * len(split[0]) if weights is None else weights.split(size, 2)
+        slabs = [
+            again(self.hear, stage, piece, own_weights, present, *sent)
+            for own_weights, piece, *sent in zip(of_weights, *split, strict=True)
+        ]
+        skips, divergences = zip(*slabs, strict=True)
+        skip = skips[0] if len(skips) == 1 else torch.cat(skips, 2)
+        if divergences[0] is None:
+            return skip, None
+        shares = [piece.shape[2] / own.shape[2] for piece in split[0]]
+        return skip, sum(share * divergence for share, divergence in zip(shares, divergences, strict=True))
+
+    def hear(
+        self, stage: int, own: Tensor, weights: Tensor | None, present: Tensor, *messages: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """A stage's skip: its embedding with what the others' (B, F, *D) add to it, and the divergences (B, K)."""
-        mean, variance = self.gates[stage](own, torch.stack(messages, 1), present)
+        mean, variance = self.gates[stage](torch.stack(messages, 1), weights, present)
         complement, divergence = mean.sum(1), None
         if variance is not None:
             complement = sample(complement, variance.sum(1))  # a sum of independent Gaussians, drawn at once
@@ -306,18 +333,14 @@ class CIMLBackbone(Backbone):
         return active | (here[:, :, None] & ~active.any(1, keepdim=True))
 
     def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
-        """Feature map elements of one sample, nnU-Net's measure of memory."""
+        """Feature map elements of one sample, nnU-Net's measure of memory; gates keep next to nothing."""
         sizes = [np.prod(size, dtype=np.int64) for size in self.topology.stage_sizes(patch_size)]
-        features = self.topology.features_per_stage
         total = 0
         for segmentor in self.segmentors:
             total += segmentor.encoder.compute_conv_feature_map_size(patch_size)
             total += segmentor.decoder.compute_conv_feature_map_size(patch_size)
             total += sum(self.num_classes * size for size in sizes[1:-1])  # coarse logits; the head counts the finest
-        gates = self.segmentors[0].gates
-        maps = gates[0].feature_maps() if len(gates) else 0
-        at_peak = max(PART_OF_FEW * maps, PART_OF_MANY * maps - LET_GO)
-        return total + int(at_peak * features[0] * sizes[0])
+        return total
 
     def encoder_modalities(self) -> dict[str, list[list[int]]]:
         """Every encoder sees the primary modalities of its sub-task."""

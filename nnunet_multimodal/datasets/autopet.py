@@ -22,7 +22,8 @@ def read(request: Request) -> Source:
     Raises:
         UserError: none, or folders that are not PATIENT/STUDY.
     """
-    found, patients, own_grid = Collector(request.path), {}, {}
+    found, patients = Collector(request.path), {}
+    own_grid: dict[str, tuple[str, Path]] = {}
     for file in list_files(request.path):
         name = file.name.lower().removesuffix(".gz").removesuffix(".nii")
         if name == file.name.lower() or name not in (*FILES, OWN_GRID):
@@ -30,10 +31,10 @@ def read(request: Request) -> Source:
             continue
         if len(file.parts) < 3:
             raise UserError(f"{request.path / file} is not in PATIENT/STUDY/; name the folder that holds the patients")
-        case = case_name(*file.parts[-3:-1])
-        patients[case.casefold()] = file.parts[-3]
+        case = "_".join(file.parts[-3:-1])
+        patients[case_name(case).casefold()] = file.parts[-3]
         if name == OWN_GRID:
-            own_grid[case.casefold()] = file
+            own_grid[case_name(case).casefold()] = case, file
         elif FILES[name] == "label map":
             found.add_label(case, file)
         else:
@@ -56,15 +57,15 @@ def read(request: Request) -> Source:
     )
 
 
-def _take_unresampled(found: Collector, own_grid: dict[str, Path]) -> dict[str, tuple[str, ...]]:
+def _take_unresampled(found: Collector, own_grid: dict[str, tuple[str, Path]]) -> dict[str, tuple[str, ...]]:
     """Give studies without CTres the CT on its own grid."""
     remarks: dict[str, tuple[str, ...]] = {}
     for name in found:
-        file = own_grid.pop(name.casefold(), None)
+        case, file = own_grid.pop(name.casefold(), ("", None))
         if file and "CT" not in found.case(name).images:
-            found.add_image(name, "CT", file)
+            found.add_image(case, "CT", file)
             remarks[name] = ("no CTres, so its CT",)
         elif file:
             found.ignored.append(file)
-    found.ignored += own_grid.values()
+    found.ignored += [file for _, file in own_grid.values()]
     return remarks

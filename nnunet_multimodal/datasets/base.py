@@ -15,6 +15,7 @@ from nnunet_multimodal.errors import UserError
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 FOLDS = 5  # nnU-Net's
+IGNORE = "ignore"  # nnU-Net's label of voxels without an annotation
 NIFTI = r"\.nii(?:\.gz)?"
 # imagesTs, ct_test, hecktor2022_testing, MICCAI_BraTS2020_ValidationData, BraTS20_Validation_001
 _TEST_FOLDER = re.compile(
@@ -135,6 +136,12 @@ class Request:
     derivatives: str | None = None
     incomplete: str | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The source's absolute path, of the name that was given: a link's own, not that of what it leads to."""
+        path = self.path.absolute()
+        return path.resolve() if path.name == ".." else path
+
 
 def list_files(folder: Path) -> list[Path]:
     """All files below a folder, sorted and relative to it; without hidden ones (and macOS' ``._`` twins).
@@ -142,7 +149,7 @@ def list_files(folder: Path) -> list[Path]:
     Links to folders are followed, but for those that lead back to a folder that they lie in.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or a name is not UTF-8.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; unpack the download and name the folder that it makes")
@@ -151,7 +158,20 @@ def list_files(folder: Path) -> list[Path]:
         here = Path(path)
         folders[:] = [name for name in folders if not _is_hidden(name) and not _leads_back(here / name)]
         found += [here / name for name in names if not _is_hidden(name) and (here / name).is_file()]
+    for file in found:
+        check_encoding(file)
     return [file.relative_to(folder.absolute()) for file in sorted(found)]
+
+
+def check_encoding(file: Path) -> None:
+    """Raise a UserError for a name that is not UTF-8: it would end SimpleITK and this process without a word."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{str(file)!r}: a name that is not UTF-8; rename it, or all of a folder by "
+            "'convmv -f latin1 -t utf8 -r --notest FOLDER'"
+        ) from error
 
 
 def _is_hidden(name: str) -> bool:
@@ -186,7 +206,9 @@ def named_part(files: Iterable[Path]) -> str:
 
 
 class Collector:
-    """Files of cases, as they are found; case names that differ in upper and lower case alone are one.
+    """Files of cases, as they are found; names that differ in upper and lower case alone are one.
+
+    Cases and raters are named as in the source; :func:`case_name` makes nnU-Net's names of that.
 
     Attributes:
         root: the source's folder; files are relative to it.
@@ -196,31 +218,47 @@ class Collector:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.ignored: list[Path] = []
-        self._names: dict[str, str] = {}
+        self._names: dict[tuple[str, str], tuple[str, str, Path]] = {}
         self._files: dict[str, dict[tuple[str, str], Path]] = {}
 
-    def add_image(self, case: str, channel: str, file: Path) -> None:
-        """Note the image of a modality.
+    def add_image(self, case: str, channel: str, file: Path) -> str:
+        """Note the image of a modality; returns nnU-Net's name of the case.
 
         Raises:
-            UserError: the case has another one.
+            UserError: the case has another one, or the name is not fit for nnU-Net or that of two cases.
         """
-        self._add(case, ("image", channel), file)
+        return self._add(case, ("image", channel), file)
 
-    def add_label(self, case: str, file: Path, rater: str = "") -> None:
-        """Note a label map, or a rater's.
+    def add_label(self, case: str, file: Path, rater: str = "") -> str:
+        """Note a label map, or a rater's; returns nnU-Net's name of the case.
 
         Raises:
-            UserError: the case has another one.
+            UserError: see :meth:`add_image`; the same of the rater's name.
         """
-        self._add(case, ("label map", rater), file)
+        return self._add(case, ("label map", self._name("rater", rater, file) if rater else ""), file)
 
-    def _add(self, case: str, kind: tuple[str, str], file: Path) -> None:
-        files = self._files.setdefault(self._names.setdefault(case.casefold(), case), {})
+    def _add(self, case: str, kind: tuple[str, str], file: Path) -> str:
+        name = self._name("case", case, file)
+        files = self._files.setdefault(name, {})
         if kind in files:
             what = " ".join(kind).strip()
-            raise UserError(f"{case}: two files are its {what}: {self.root / files[kind]} and {file}; move one away")
+            first, second = self.root / files[kind], self.root / file
+            raise UserError(f"{name}: two files are its {what}: {first} and {second}; move one away")
         files[kind] = file
+        return name
+
+    def _name(self, what: str, text: str, file: Path) -> str:
+        """nnU-Net's name of a case or rater, which must not be that of another one."""
+        name = case_name(text)
+        if not re.search("[A-Za-z0-9]", name):
+            raise UserError(f"{self.root / file}: {what} {text!r} has no letter or digit of ASCII; rename the file")
+        name, known, before = self._names.setdefault((what, name.casefold()), (name, text, file))
+        if text.casefold() != known.casefold():
+            raise UserError(
+                f"{what}s {known!r} ({self.root / before}) and {text!r} ({self.root / file}) would both be called "
+                f"{name}; rename one"
+            )
+        return name
 
     def __iter__(self) -> Iterator[str]:
         """Names of the cases, sorted."""
@@ -284,13 +322,17 @@ def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
 def parse_labels(texts: Sequence[str]) -> tuple[dict[str, int], dict[int, int]]:
     """``NAME=VALUE`` or ``NAME=VALUE+VALUE`` each: labels of dataset.json, and what becomes of the source's values.
 
-    Labels are numbered from 1, as nnU-Net wants them, in the order in which they are given.
+    Labels are numbered from 1, as nnU-Net wants them, in the order in which they are given, but for ``ignore``, which
+    must be the highest.
 
     Raises:
-        UserError: not of this form, a name or value twice, or 0, which is background.
+        UserError: not of this form, a name or value twice, 0, which is background, or ``ignore`` alone.
     """
     labels, values = {"background": 0}, {0: 0}
-    for number, (name, text) in enumerate(parse_named(texts, "--labels").items(), start=1):
+    named = parse_named(texts, "--labels")
+    if list(named) == [IGNORE]:
+        raise UserError(f"--labels {texts[0]}: nothing to learn but what is ignored; name another label too")
+    for number, (name, text) in enumerate(sorted(named.items(), key=lambda item: item[0] == IGNORE), start=1):
         for part in text.split("+"):
             if not part.strip().isdecimal():
                 raise UserError(f"--labels {name}={text}: {part!r} is not a whole number of at least 1")

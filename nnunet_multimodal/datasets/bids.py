@@ -11,10 +11,19 @@ its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nnunet_multimodal.datasets.base import Collector, Request, Source, case_name, parse_labels, parse_named
+from nnunet_multimodal.datasets.base import (
+    Collector,
+    Request,
+    Source,
+    case_name,
+    check_encoding,
+    parse_labels,
+    parse_named,
+)
 from nnunet_multimodal.errors import UserError
 
 LABEL = "dseg"
@@ -60,6 +69,9 @@ def read(request: Request) -> Source:
         UserError: ancpbids is not installed, no such tree or derivatives, or several files for one modality of a case.
     """
     channels = {name: parse_kind(text) for name, text in parse_named(request.channels, "--channels").items()}
+    for (first, kind), (second, other) in combinations(channels.items(), 2):
+        if (kind.suffix, set(kind.entities)) == (other.suffix, set(other.entities)):
+            raise UserError(f"--channels: {first} and {second} are the same files; give other entities, or one of them")
     labels, values = parse_labels(request.labels)
     if not request.derivatives:
         raise UserError("--derivatives is needed here: the folder of label maps, or its name below derivatives/")
@@ -70,26 +82,30 @@ def read(request: Request) -> Source:
     for file, suffix, entities in _files(request.path, scope="raw"):
         for name, kind in told_apart.items():
             if kind.fits(suffix, entities):
-                case = _case(entities)
-                _add(found, case, name, file)
-                subjects[case.casefold()] = entities["sub"]
+                subjects[_add(found, entities, name, file).casefold()] = entities["sub"]
     kind = parse_kind(request.label_pattern or LABEL)
     for file, suffix, entities in _files(folder, scope=None):
         if kind.fits(suffix, entities):
-            _add(found, _case(entities), None, file)
-            subjects[_case(entities).casefold()] = entities["sub"]
+            subjects[_add(found, entities, None, file).casefold()] = entities["sub"]
     cases = tuple(found.case(name, split="", group=subjects[name.casefold()], values=values) for name in found)
     if not cases:
         raise UserError(f"{request.path} has no file of the suffixes that --channels names: {', '.join(channels)}")
-    return Source(name=case_name(request.path.resolve().name), channels=tuple(channels), labels=labels, cases=cases)
+    return Source(name=case_name(request.folder.name), channels=tuple(channels), labels=labels, cases=cases)
 
 
-def _add(found: Collector, case: str, channel: str | None, file: Path) -> None:
+def _add(found: Collector, entities: Mapping[str, Any], channel: str | None, file: Path) -> str:
+    """Note a file of a subject's session; returns the name of the case.
+
+    Raises:
+        UserError: ancpbids read but a part of subject or session, or see :class:`Collector`.
+    """
+    named = [f"{name}-{entities[name]}" for name in ("sub", "ses") if name in entities]
+    for entity in named:
+        if entity not in file.name.split("_"):
+            raise UserError(f"{file}: ancpbids reads {entity}: BIDS has letters and digits alone there; rename it")
+    case = "_".join(named)
     try:
-        if channel is None:
-            found.add_label(case, file)
-        else:
-            found.add_image(case, channel, file)
+        return found.add_label(case, file) if channel is None else found.add_image(case, channel, file)
     except UserError as error:
         raise UserError(f"{error}, or name an entity that one of them has, as in T1w:run-1") from error
 
@@ -125,9 +141,6 @@ def _files(folder: Path, scope: str | None) -> Iterable[tuple[Path, str, dict[st
     artifacts: Any = dataset.query(extension=[".nii", ".nii.gz"], scope=scope)
     for artifact in sorted(artifacts, key=lambda artifact: artifact.get_absolute_path()):
         file = Path(artifact.get_absolute_path())
+        check_encoding(file)
         if "sub" in artifact.entities and SOURCES not in file.relative_to(root).parts:
             yield file, artifact.suffix, dict(artifact.entities)
-
-
-def _case(entities: Mapping[str, Any]) -> str:
-    return case_name(*(f"{name}-{entities[name]}" for name in ("sub", "ses") if name in entities))

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from nnunet_multimodal.datasets.base import (
+    IGNORE,
     NIFTI,
     TEST,
     Collector,
@@ -67,15 +68,12 @@ def read(request: Request) -> Source:
     for file in list_files(request.path):
         new = _NEW.fullmatch(file.name)
         if match := new or _OLD.fullmatch(file.name):
-            case, kind = case_name(match["case"]), (NEW if new else OLD)[match["part"].lower()]
-            if kind == "seg":
-                found.add_label(case, file)
-            else:
-                found.add_image(case, kind, file)
+            name, kind = match["case"], (NEW if new else OLD)[match["part"].lower()]
+            case = found.add_label(name, file) if kind == "seg" else found.add_image(name, kind, file)
             if is_new.setdefault(case.casefold(), bool(new)) != bool(new):
                 raise UserError(f"{request.path / file}: {case} has names of before and after 2023; move one away")
         elif _MISNAMED.fullmatch(file.name):
-            misnamed.setdefault(file.parent.name.casefold(), []).append(file)
+            misnamed.setdefault(case_name(file.parent.name).casefold(), []).append(file)
         else:
             found.ignored.append(file)
     remarks = _take_misnamed(found, misnamed)
@@ -101,7 +99,7 @@ def read(request: Request) -> Source:
         name="BraTS",
         channels=CHANNELS,
         labels={**LABELS, **fourth},
-        regions_class_order=(*CLASS_ORDER, *fourth.values()),
+        regions_class_order=(*CLASS_ORDER, *(label for name, label in fourth.items() if name != IGNORE)),
         cases=tuple(cases),
         # it must name every region, and the paper knows three
         more={} if fourth else {"nnunet_multimodal": {KEY: DECOMPOSITION}},
@@ -131,7 +129,7 @@ def _take_misnamed(found: Collector, misnamed: dict[str, list[Path]]) -> dict[st
     for name in found:
         candidates = misnamed.pop(name.casefold(), [])
         if len(candidates) == 1 and not found.case(name).label:
-            found.add_label(name, candidates[0])
+            found.add_label(candidates[0].parent.name, candidates[0])
             remarks[name.casefold()] = (f"its label map is called {candidates[0].name}",)
         else:
             found.ignored += candidates

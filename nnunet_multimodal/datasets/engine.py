@@ -24,7 +24,7 @@ from nnunet_multimodal.datasets.report import CaseReport, FileReport, shorten, s
 from nnunet_multimodal.errors import UserError, refuse
 from nnunet_multimodal.files import write_json
 from nnunet_multimodal.images import read_json
-from nnunet_multimodal.parallel import in_parallel
+from nnunet_multimodal.parallel import alone, exit_on_signals, in_parallel
 from nnunet_multimodal.raters.consensus import MAJORITY, Work, write_consensus
 from nnunet_multimodal.raters.files import FOLDER as RATERS
 from nnunet_multimodal.raters.files import SEPARATOR, find_raters
@@ -52,13 +52,18 @@ class Conversion:
 
 @contextmanager
 def half_written(folder: Path) -> Iterator[Path]:
-    """A folder beside another one, removed however this ends; one that a kill has left is removed before it begins."""
+    """A folder beside another one, removed however this ends; one that a kill has left is removed before it begins.
+
+    Raises:
+        UserError: another process has it.
+    """
     beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        yield beside
-    finally:
+    with exit_on_signals(), alone(folder.with_name(f".{folder.name}.lock"), f"another conversion to {folder.name}"):
         shutil.rmtree(beside, ignore_errors=True)
+        try:
+            yield beside
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def select_cases(source: Source, incomplete: str) -> tuple[list[SourceCase], dict[str, str]]:
@@ -170,7 +175,10 @@ def find_reference(conversion: Conversion, case: SourceCase) -> Loaded:
         return load(label_maps[0])
     if conversion.grid not in (None, LABELS_GRID):
         if conversion.grid not in files:
-            raise UserError(f"has no {conversion.grid}, whose grid --resample asks for")
+            raise UserError(
+                f"has no {conversion.grid}, whose grid --resample asks for; plain --resample takes the label map's "
+                "grid, and --incomplete drop leaves the case out"
+            )
         return load(files[conversion.grid])
     return load(next(iter(files.values())))
 
@@ -227,7 +235,10 @@ def take(file: Path, output: Path, conversion: Conversion) -> str:
         os.link(file.resolve(), output)
         return "hard link"
     except OSError:  # on another file system, or one without hard links
-        output.symlink_to(file.resolve())
+        try:
+            output.symlink_to(file.resolve())
+        except OSError as error:
+            raise UserError(f"--link: {output} cannot be a link to {file} ({error}); leave out --link") from error
         return "symbolic link"
 
 

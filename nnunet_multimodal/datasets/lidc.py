@@ -113,7 +113,8 @@ def _collect(root: Path, files: list[Path], images: str, masks: str) -> tuple[Co
             found.ignored.append(file)
             continue
         patient = _PATIENT.search(_name(match))
-        patients[_name(match).casefold()] = patient[0] if patient else match.groupdict().get("patient") or ""
+        of_case = patient[0] if patient else match.groupdict().get("patient") or ""
+        patients[case_name(_name(match)).casefold()] = of_case
     for name, of_case in pairs.items():
         if {bool(rater) for _, rater in of_case} != {True, False}:
             found.ignored += [file for file, _ in of_case]
@@ -128,4 +129,4 @@ def _collect(root: Path, files: list[Path], images: str, masks: str) -> tuple[Co
 
 def _name(match: re.Match) -> str:
     fields = match.groupdict()
-    return case_name(*(fields.get(field) or "" for field in ("patient", "nodule", "slice")))
+    return "_".join(fields[field] for field in ("patient", "nodule", "slice") if fields.get(field))

@@ -41,11 +41,10 @@ def read(request: Request) -> Source:
         if match is None:
             found.ignored.append(file)
             continue
-        case = match["case"].lower()
         if match["kind"].lower() == "label":
-            found.add_label(case, file)
+            case = found.add_label(match["case"].lower(), file)
         else:
-            found.add_image(case, match["channel"].upper(), file)
+            case = found.add_image(match["case"].lower(), match["channel"].upper(), file)
         channels[case] = match["channel"].upper()
         tests |= {case} if match["part"].lower() == "test" else set()
     values = {**VALUES, **{stray: VALUES[value] for stray, value in STRAY.items()}}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nnunetv2.dataset_conversion.convert_MSD_dataset import convert_msd_dataset
 
-from nnunet_multimodal.datasets.base import TEST, Request, Source, SourceCase
+from nnunet_multimodal.datasets.base import TEST, Request, Source, SourceCase, list_files
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import list_channels, read_json
 from nnunet_multimodal.preprocessing import channel_names
@@ -24,10 +24,14 @@ def read(request: Request) -> Source:
     Raises:
         UserError: not a task of the Decathlon, or nnU-Net's converter fails at it.
     """
-    path = request.path.resolve()
+    path = request.folder  # nnU-Net's converter takes the data set's name from it
     task = re.fullmatch(r"Task\d+_([^_]+)", path.name)
     if task is None:
-        raise UserError(f"{request.path}: the folder must be called as in the download, such as Task01_BrainTumour")
+        raise UserError(
+            f"{request.path}: it is called {path.name!r}; it must be called as in the download, such as "
+            "Task01_BrainTumour"
+        )
+    list_files(path)
     for name in ("imagesTr", "labelsTr", "imagesTs"):
         if not (path / name).is_dir():
             raise UserError(f"{path / name} is not there; unpack the whole download")

@@ -72,7 +72,10 @@ def read(request: Request) -> Source:
         raise UserError("--pattern is needed here, such as '{case}/{case}_{channel}.nii.gz'")
     channels = parse_named(request.channels, "--channels")
     labels, values = parse_labels(request.labels)
-    by_text = {text.casefold(): name for name, text in channels.items()}
+    by_text: dict[str, str] = {}
+    for name, text in channels.items():
+        if (first := by_text.setdefault(text.casefold(), name)) != name:
+            raise UserError(f"--channels {name}={text}: {first} has this text (capitals do not matter); give another")
     images = compile_pattern(request.pattern, {"channel": list(channels.values())})
     if "case" not in images.groupindex or ("channel" not in images.groupindex and len(channels) > 1):
         raise UserError(f"--pattern {request.pattern!r} needs {{case}}, and {{channel}} where there are several")
@@ -83,14 +86,14 @@ def read(request: Request) -> Source:
     for file in list_files(request.path):
         # a label map may fit the images' pattern as well, where there is but one channel
         if maps is not None and (match := maps.fullmatch(file.as_posix())):
-            found.add_label(_case(match), file, case_name(match.groupdict().get("rater") or ""))
+            case = found.add_label(_case(match), file, match.groupdict().get("rater") or "")
         elif match := images.fullmatch(file.as_posix()):
             text = match.groupdict().get("channel") or next(iter(by_text))
-            found.add_image(_case(match), by_text[text.casefold()], file)
+            case = found.add_image(_case(match), by_text[text.casefold()], file)
         else:
             found.ignored.append(file)
             continue
-        patients[_case(match).casefold()] = match.groupdict().get("patient") or ""
+        patients[case.casefold()] = match.groupdict().get("patient") or ""
     splits = _splits(found)
     cases = tuple(
         found.case(name, group=patients[name.casefold()], values=values, **splits.get(name, {})) for name in found
@@ -100,7 +103,7 @@ def read(request: Request) -> Source:
         raise UserError(f"--pattern {request.pattern!r} fits nothing in {request.path}, where there are {some}")
     files = [file for case in cases for file in (*case.images.values(), *case.label_maps.values())]
     return Source(
-        name=case_name(request.path.resolve().name),
+        name=case_name(request.folder.name),
         channels=tuple(channels),
         labels=labels,
         cases=cases,
@@ -125,4 +128,4 @@ def _splits(found: Collector) -> dict[str, dict[str, str]]:
 
 def _case(match: re.Match) -> str:
     fields = match.groupdict()
-    return case_name(fields.get("patient") or "", fields["case"])
+    return "_".join(filter(None, (fields.get("patient"), fields["case"])))

@@ -81,11 +81,14 @@ def _skewed(file: Path) -> str:
 
 
 def _image(array: np.ndarray) -> SimpleITK.Image:
+    if array.ndim == 3 and array.shape[-1] == 1:  # an axis of channels
+        array = array[..., 0]
     if array.ndim not in (2, 3) or array.dtype.kind not in "biuf":
         raise ValueError(f"an array of shape {array.shape} and type {array.dtype} is no image")
     if array.dtype.kind == "f":
         return SimpleITK.GetImageFromArray(array.astype(np.float32))
-    narrow = np.uint8 if array.dtype.kind == "b" else np.int32 if array.dtype.itemsize > 4 else array.dtype
+    own = array.dtype.newbyteorder("=")  # SimpleITK takes no other
+    narrow = np.uint8 if array.dtype.kind == "b" else np.int32 if array.dtype.itemsize > 4 else own
     if (array.astype(narrow) != array).any():
         raise ValueError(f"values up to {array.max()} do not fit into 32 bits")
     return SimpleITK.GetImageFromArray(array.astype(narrow))

@@ -7,7 +7,6 @@ has it: such cases are counted and left out of the mean.
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shlex
@@ -23,6 +22,7 @@ import numpy as np
 from nnunet_multimodal.demo import data
 from nnunet_multimodal.demo.settings import Settings, read_json, write_json
 from nnunet_multimodal.demo.steps import Step
+from nnunet_multimodal.doctor import cpu_cores
 from nnunet_multimodal.metrics.surface import hausdorff_distance
 
 PACKAGES = ("nnunet-multimodal", "nnunetv2", "torch", "numpy")
@@ -206,7 +206,7 @@ def _results(settings: Settings, steps: list[Step], table: dict, scores: dict[st
             "settings": {**options, "data": settings.data.name if settings.data is not None else None},
             "commands": [shlex.join(step.command) for step in steps if step.command],
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
+            "machine": {"system": platform.system(), "processor": _processor(), "cores": cpu_cores()},
             "device": _device_name(settings.device),
         }
     )

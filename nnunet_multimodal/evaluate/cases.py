@@ -277,7 +277,7 @@ def _read_distribution(
     if files.samples:
         found["samples"] = _read_like(reference, files.samples, settings)
         if files.quantities is not None:
-            found["sample_weights"] = _read_weights(files.quantities, len(files.samples), settings.first)
+            found |= _read_weights(files.quantities, len(files.samples), settings.first)
     if files.probabilities is not None:
         with np.load(files.probabilities) as content:
             probabilities = content["probabilities"]
@@ -288,20 +288,24 @@ def _read_distribution(
     return found
 
 
-def _read_weights(file: Path, samples: int, first: Sequence[int]) -> list[float] | None:
-    """The samples' weights from a case's JSON; None, equal ones, if it has none."""
+def _read_weights(file: Path, samples: int, first: Sequence[int]) -> dict[str, list | None]:
+    """The samples' weights and groups from a case's JSON; None, equal ones and each alone, if it has none."""
     summary = json.loads(file.read_text())
     if summary.get("samples", samples) != samples:
         raise ValueError(f"{file} tells of {summary['samples']} samples and there are {samples}; predict them again")
-    weights = summary.get("sample_weights")
-    if weights is not None and len(weights) != samples:
-        raise ValueError(
-            f"{file} has {len(weights)} sample_weights and there are {samples} samples; predict them again"
-        )
+    found = {key: summary.get(key) for key in ("sample_weights", "sample_groups")}
+    for key, values in found.items():
+        if values is not None and len(values) != samples:
+            raise ValueError(f"{file} has {len(values)} {key} and there are {samples} samples; predict them again")
+    weights, groups = found.values()
     for number in first if weights is not None else ():
+        if groups is not None and len(set(groups[:number])) < len(set(groups)):
+            raise UserError(
+                f"--samples {number}: {file} has samples of {len(set(groups))} experts; ask for at least as many"
+            )
         if not sum(weights[:number]) > 0:
             raise UserError(f"--samples {number}: the first {number} of {file} have no weight; ask for more")
-    return weights
+    return found
 
 
 def _ignored(case: str, arrays: CaseArrays, ignore_label: int | None) -> Iterator[LeftOut]:

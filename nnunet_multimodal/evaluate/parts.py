@@ -2,8 +2,8 @@
 
 Part I of N takes every N-th case from the I-th on and writes OUTPUT.parts/I_of_N.json when it has measured all of them:
 the numbers before any mean and the sums of the reliability curves, which JSON keeps to the last bit. Means are then
-taken over the cases in their own order, so that nothing differs from an evaluation in one part. Whoever finds all parts
-puts them together: the last one, or two that finish at once, which write the same bytes.
+taken over the cases in their own order, so that nothing differs from an evaluation in one part but the command that the
+JSON tells. Whoever finds all parts puts them together: the last one, or two that finish at once, with the same numbers.
 
 Every part notes what it was measured with: settings, version, and names, sizes and times of the files of all cases. One
 that was measured with anything else is not taken.

@@ -40,7 +40,9 @@ def draw_reliability(curves: Mapping[str, ReliabilityCurve], file: Path) -> None
         upper.plot([0, 1], [0, 1], color="#888888", linewidth=0.8, linestyle="--")
         upper.plot(curve.confidence[known], curve.frequency[known], color=COLOUR, marker="o", markersize=5)
         upper.set(ylabel="frequency in the reference", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        upper.set_title(f"{name}, ECE {100 * curve.expected_calibration_error:.3f} %", fontsize=9, parse_math=False)
+        upper.set_title(
+            f"{name}, ECE of all voxels {100 * curve.expected_calibration_error:.3f} %", fontsize=9, parse_math=False
+        )
         upper.tick_params(labelbottom=False)
         lower.bar(curve.edges[:-1], curve.count, np.diff(curve.edges), align="edge", color=COLOUR, alpha=0.6)
         lower.set(xlabel="predicted probability", ylabel="voxels", xlim=(-0.02, 1.02), yscale="log")

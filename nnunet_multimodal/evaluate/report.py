@@ -14,6 +14,7 @@ from nnunet_multimodal.evaluate.cases import CASE, LeftOut, Settings
 from nnunet_multimodal.metrics.calibration import ReliabilityCurve
 from nnunet_multimodal.metrics.case import CaseMeasures, Measures
 from nnunet_multimodal.metrics.distribution import Label
+from nnunet_multimodal.provenance import made
 
 MEAN, FOREGROUND = "mean", "foreground_mean"
 NAMED = 5  # cases that a line names before it stops
@@ -40,7 +41,7 @@ LEGEND = """
 GED²: squared energy distance to the raters; rater Dice: of the prediction, mean over the raters, nod: over those that
 drew something; raters' own: Dice of the raters with one another; within: cases where the prediction agrees with the
 raters, whoever is left out, at least as well as half of them, by weight, do with the others; better: samples with a
-higher Dice than the prediction; q95: 95 % quantile of the samples' Dice; CRPS: of the samples' volumes, in voxels;
+higher Dice than the prediction; q95: 95 % quantile of the samples' Dice; CRPS: of the samples' volumes, in {unit};
 covered: raters whose volume is in the samples' 95 %"""
 
 
@@ -84,6 +85,8 @@ def as_json(
         "labels": dict(zip(map(as_key, settings.labels), settings.names, strict=True)),
         "ignore_label": settings.ignore_label,
         "tolerance_mm": settings.tolerance_mm,
+        "first_samples": list(settings.first),
+        "made": made(),
     }
     return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
 
@@ -113,7 +116,7 @@ def format_table(means: CaseMeasures, settings: Settings) -> str:
         rows.append([name, *(f"{measures[column]:.{digits.get(column, 3)}f}" for column in columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]))) for row in rows)
-    return "\n".join(line.rstrip() for line in lines) + (LEGEND if "GED2" in columns else "")
+    return "\n".join(line.rstrip() for line in lines) + (LEGEND.format(unit="voxels") if "GED2" in columns else "")
 
 
 def _of_first(column: str) -> tuple[str, str]:

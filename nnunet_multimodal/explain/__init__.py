@@ -38,7 +38,7 @@ from nnunet_multimodal.explain.attribution import METHODS, AttributionPredictor
 from nnunet_multimodal.explain.complementary import ComplementaryPredictor, Pair, has_complementary_information
 from nnunet_multimodal.explain.leave_out import leave_each_out, predict_case
 from nnunet_multimodal.explain.sheet import Sheet, draw_sheet, draw_weights
-from nnunet_multimodal.files import write_text
+from nnunet_multimodal.files import write_json, write_text
 from nnunet_multimodal.images import geometry_difference
 from nnunet_multimodal.inference.base import (
     Case,
@@ -51,6 +51,7 @@ from nnunet_multimodal.inference.base import (
 )
 from nnunet_multimodal.inference.uncertainty import UncertaintyPredictor
 from nnunet_multimodal.network import MultimodalUNet, unwrap
+from nnunet_multimodal.provenance import FILE, made
 
 DEFAULT_TOLERANCE_MM = 1.0  # of a measure that is not used here
 AVERAGE = "mean"
@@ -248,7 +249,9 @@ class Explainer:
         write_map(array.astype(np.float32), case.first_image, preprocessed.properties, file)
 
     def finish(self) -> None:
-        """The means over the cases."""
+        """The means over the cases, and what all this was made with."""
+        attribution = {"attribution": self.args.attribution, "steps": self.args.steps}
+        write_json(self.output / FILE, {**self.predictor.identity(), **attribution, "made": made()})
         if self.complementary is None:
             return
         rows: list[WeightRow] = [WeightRow(*row) for row in self.weights.rows]

@@ -81,6 +81,11 @@ class ImageMixture:
         """(1, C, *D)."""
         return self.loc
 
+    @property
+    def num_experts(self) -> int:
+        """K; samples of ``draw_compact`` are of the experts in turn."""
+        return self.head.num_experts
+
     def scaled(self, temperature: float = 1.0, class_scale: Tensor | None = None) -> ImageMixture:
         """With other deviations from the same mean."""
         return replace(self, temperature=self.temperature * temperature, class_scale=class_scale)

@@ -56,6 +56,7 @@ from nnunet_multimodal.inference.base import (
 from nnunet_multimodal.inference.maps import MAPS, RunningMaps
 from nnunet_multimodal.inference.quantities import RunningQuantities
 from nnunet_multimodal.inference.sampling import ImageDistribution, SamplePredictor
+from nnunet_multimodal.provenance import made
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,15 +214,18 @@ class CaseWriter:
 
     def files(self, case: Case) -> dict[str, list[Path]]:
         """What earlier runs left of a case beside its label map and CASE.json, by what asks for it."""
-        name = glob.escape(case.name)
+        name, samples = glob.escape(case.name), self.output / "samples"
         patterns = {
-            "samples": f"samples/{name}__[0-9]*{self.ending}",
             **{map_: f"uncertainty/{name}_{map_}.nii.gz" for map_ in MAPS},
             "distribution": f"distribution/{name}.npz",
             "probabilities": f"{name}.npz",
             "properties": f"{name}.pkl",
         }
-        return {kind: sorted(self.output.glob(pattern)) for kind, pattern in patterns.items()}
+        found = {kind: sorted(self.output.glob(pattern)) for kind, pattern in patterns.items()}
+        numbered = {path: path.name.removesuffix(self.ending).removeprefix(f"{case.name}__")
+                    for path in samples.glob(f"{name}__*{self.ending}")}  # fmt: skip
+        # P1__0__000 is a sample of P1__0
+        return {"samples": sorted(path for path, number in numbered.items() if number.isdecimal()), **found}
 
     def is_of_another_run(self, case: Case) -> bool:
         """Whether what is there of a case was made with another model or other settings."""
@@ -289,7 +293,7 @@ class CaseWriter:
         if count < len(distribution.folds):
             tqdm.write(f"{case.name}: {count} samples for {len(distribution.folds)} folds; the last ones have none")
         weights = distribution.weights(count) if self.args.compact else None
-        for index, logits in enumerate(self._samples(case, distribution)):
+        for index, logits in zip(distribution.numbers(count), self._samples(case, distribution), strict=True):
             weight = 1.0 if weights is None else weights[index]
             segmentation, probabilities = self._to_image(logits, properties)
             if self.args.maps:
@@ -303,12 +307,14 @@ class CaseWriter:
             "case": case.name,
             "samples": count,
             "sample_weights": weights,
+            "sample_groups": None if weights is None else distribution.groups(count),
             **self.settings(),
             "drawn_from": "members (folds and mirrors)" if distribution.members else "distribution",
             "trainer": self.predictor.trainer_name,
             "absent": [n for n, gone in zip(self.predictor.channel_names(), preprocessed.absent, strict=True) if gone],
             "spacing": [float(size) for size in properties["spacing"]],  # nnU-Net's TIFF reader looks for it here
             "labels": quantities.summary(prediction),
+            "made": made(),
         }
         write_json(self.summary_file(case), summary)
 

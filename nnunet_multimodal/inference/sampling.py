@@ -42,11 +42,23 @@ class ImageDistribution:
         """How many samples there will be: no more than there are members."""
         return num_samples if self.folds else min(num_samples, len(self.members))
 
+    def numbers(self, num_samples: int) -> list[int]:
+        """Of the samples in the order that ``draw`` yields them: the first numbers are of all folds in turn."""
+        step = max(1, len(self.folds))
+        return [number for fold in range(step) for number in range(fold, num_samples, step)]
+
     def weights(self, num_samples: int) -> list[float]:
-        """Of the samples that ``draw`` yields with ``compact``; they sum to 1."""
+        """Of the samples that ``draw`` yields with ``compact``, by their numbers; they sum to 1."""
         shares = [self._share(index, num_samples) for index in range(len(self.folds))]
         own = [fold.compact_weights(n) * n for fold, n in zip(self.folds, shares, strict=True) if n]
-        return (torch.cat(own) / num_samples).tolist()
+        weights = torch.empty(num_samples)
+        weights[self.numbers(num_samples)] = torch.cat(own) / num_samples
+        return weights.tolist()
+
+    def groups(self, num_samples: int) -> list[int]:
+        """Of the samples that ``draw`` yields with ``compact``, by their numbers: those of an expert have the same."""
+        experts, step = self.folds[0].num_experts, len(self.folds)
+        return [number % step * experts + number // step % experts for number in range(num_samples)]
 
     def _share(self, fold: int, num_samples: int) -> int:
         return len(range(fold, num_samples, len(self.folds)))
@@ -60,6 +72,8 @@ class ImageDistribution:
         compact: bool = False,
     ) -> Iterator[Tensor]:
         """Samples (C, *D), float32, one at a time; folds take equal shares, members are not repeated.
+
+        A fold's samples come one after the other, as drawing them holds memory; ``numbers`` mixes the folds.
 
         Args:
             num_samples: how many; see ``count``.

@@ -85,6 +85,7 @@ class CaseArrays:
         samples: label maps (S, \\*D), or None.
         raters: label maps (R, \\*D); None: the reference alone.
         sample_weights: (S,), or None for equal ones.
+        sample_groups: (S,), see :func:`score_distribution`, or None.
         rater_weights: (R,), or None for equal ones.
         probabilities: of every label in their order, (L, \\*D), or None.
         rater_names: (R,), of those of whom there are measures, or none.
@@ -96,6 +97,7 @@ class CaseArrays:
     samples: np.ndarray | None = None
     raters: np.ndarray | None = None
     sample_weights: Sequence[float] | None = None
+    sample_groups: Sequence[int] | None = None
     rater_weights: Sequence[float] | None = None
     probabilities: np.ndarray | None = None
     rater_names: Sequence[str] = ()
@@ -123,7 +125,15 @@ def measure_case(
         samples = case.prediction[None] if case.samples is None else case.samples
         first = () if case.samples is None else first
         scores = score_distribution(
-            case.prediction, samples, raters, labels, case.sample_weights, case.rater_weights, valid, first
+            case.prediction,
+            samples,
+            raters,
+            labels,
+            case.sample_weights,
+            case.rater_weights,
+            valid,
+            first,
+            case.sample_groups,
         )
         if case.samples is not None:
             average.update(_distribution(scores.average))

@@ -144,6 +144,7 @@ def score_distribution(
     rater_weights: Sequence[float] | np.ndarray | None = None,
     valid: np.ndarray | None = None,
     first: Sequence[int] = (),
+    sample_groups: Sequence[int] | None = None,
 ) -> CaseDistribution:
     """All measures of this module for one case, from one count of all pairs.
 
@@ -156,6 +157,8 @@ def score_distribution(
         rater_weights: (R,); equal if not given. Only their ratios matter.
         valid: bool (\\*D), voxels that count, or (R, \\*D), those of which each rater says something; all if not given.
         first: numbers of samples of which, from the first one on, there are scores as well.
+        sample_groups: (S,); samples with the same number share the weight of what they are drawn from (an expert), the
+            first samples among themselves. Each is alone if not given.
 
     Raises:
         ValueError: shapes, types, weights or numbers do not fit.
@@ -170,7 +173,7 @@ def score_distribution(
         rows = Rows.of(len(samples), there, predictions=1)
 
     def score(number: int) -> CaseDistribution:
-        own = w if number == len(w) else normalised(w[:number], number, "sample_weights")
+        own = w if number == len(w) else first_weights(w, sample_groups, number)
         if not len(there.maps):
             nothing = _nothing(own, len(raters))
             return CaseDistribution(nothing, dict.fromkeys(labels, nothing))
@@ -182,6 +185,20 @@ def score_distribution(
         return CaseDistribution(_score(distance, dice, sizes, few, there, own), by_label)
 
     return replace(score(len(samples)), first={number: score(number) for number in first})
+
+
+def first_weights(weights: np.ndarray, groups: Sequence[int] | None, number: int) -> np.ndarray:
+    """Weights (number,) of the first so many samples, whose groups (S,) keep the weight that they have among all (S,).
+
+    Raises:
+        ValueError: they have no weight.
+    """
+    own = weights[:number]
+    if groups is not None:
+        of_group = np.bincount(groups, weights)
+        first = np.asarray(groups[:number])
+        own = of_group[first] / np.bincount(first)[first]
+    return normalised(own, number, "sample_weights")
 
 
 def generalized_energy_distance(

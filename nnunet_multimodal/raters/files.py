@@ -17,6 +17,7 @@ from nnunet_multimodal.images import check_labels, geometry_difference, read_seg
 FOLDER, WEIGHTS = "ratersTr", "raters.csv"
 COLUMNS = ["case", "rater", "weight"]
 SEPARATOR = "__"
+PROPERTIES = ".json"  # beside an image, such as nnU-Net's spacing of a TIFF
 
 
 class Rater(NamedTuple):
@@ -31,11 +32,18 @@ def find_raters(folder: Path, ending: str) -> dict[str, list[Rater]]:
     """The raters of each case, sorted by name; empty where there is no such folder.
 
     Raises:
-        UserError: a file is not named CASE__RATER, or the table of weights does not fit the files.
+        UserError: a file is not named CASE__RATER, has another ending, or the table of weights does not fit the files.
     """
     files: dict[str, dict[str, Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not file.name.endswith(ending) or file.name.startswith("."):
+        if file.name.startswith(".") or not file.is_file():
+            continue
+        if not file.name.endswith(ending):
+            if SEPARATOR in file.name and file.suffix != PROPERTIES:
+                raise UserError(
+                    f"{file} does not end in {ending}, as the dataset's files do, and so would be no rater; convert "
+                    "it, or move it out of the folder"
+                )
             continue
         case, separator, name = file.name.removesuffix(ending).rpartition(SEPARATOR)
         if not (case and separator and name):

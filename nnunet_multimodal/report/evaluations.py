@@ -14,10 +14,12 @@ from nnunet_multimodal.evaluate import AGREEMENT
 from nnunet_multimodal.evaluate.agreement import HEADINGS as AGREEMENT_HEADINGS
 from nnunet_multimodal.evaluate.report import FOREGROUND
 from nnunet_multimodal.images import read_json
+from nnunet_multimodal.provenance import FILE
 from nnunet_multimodal.raters.files import SEPARATOR
 
 Measures = Mapping[str, float]
 AVERAGE = "average"  # the subset of the row of means
+IDENTITY = "model.json"  # in the folder of a model's subsets
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Evaluation:
         reliability: label -> confidence, frequency and count of each bin, and the expected calibration error.
         left_out: what is in no mean, in words.
         tolerance_mm: of the normalised surface distance, NaN for nnU-Net's own.
+        first_samples: numbers of samples that are measured as well, None where it does not tell.
+        made: versions and command, as far as it tells them.
     """
 
     file: Path
@@ -51,6 +55,8 @@ class Evaluation:
     raters: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
     agreement: Mapping[str, Mapping[str, Measures]] = field(default_factory=dict)
     case_agreement: Mapping[str, Sequence[tuple[str, str, Measures]]] = field(default_factory=dict)
+    first_samples: Sequence[int] | None = None
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def has(self, column: str) -> bool:
         """Whether any case has a number in a column."""
@@ -99,6 +105,8 @@ def read_evaluation(file: Path, dataset_json: Mapping[str, Any]) -> Evaluation:
             for key, own in content.get("agreement", {}).items()
         },
         case_agreement=_read_agreement(file) if content.get("agreement") else {},
+        first_samples=content.get("first_samples"),
+        made=content.get("made", {}),
     )
 
 
@@ -150,10 +158,17 @@ class SubsetCell(NamedTuple):
 
 @dataclass(frozen=True)
 class Subsets:
-    """The table of ``evaluate --all-subsets``."""
+    """The table of ``evaluate --all-subsets``.
+
+    Attributes:
+        identities: model -> what its predictions depend on.
+        made_with: baseline, versions and command.
+    """
 
     name: str
     cells: tuple[SubsetCell, ...]
+    identities: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    made_with: Mapping[str, Any] = field(default_factory=dict)
 
     def values(self, field_name: str) -> list[str]:
         """The different models, subsets, labels or metrics, in their order."""
@@ -166,15 +181,30 @@ class Subsets:
 
 
 def read_subsets(file: Path, name: str) -> Subsets:
-    """subsets.csv.
+    """subsets.csv, and what lies beside it of how it was made.
 
     Raises:
-        UserError: it has other columns.
+        UserError: it has other columns, or a file beside it cannot be read.
     """
     cells = []
     for row in read_rows(file, SubsetCell._fields):
         cells.append(SubsetCell(row["model"], row["subset"], row["label"], row["metric"], *_cells(row)))
-    return Subsets(name, tuple(cells))
+    identities = {model: file.parent / model / IDENTITY for model in dict.fromkeys(cell.model for cell in cells)}
+    return Subsets(
+        name,
+        tuple(cells),
+        {model: read_json(own) if own.is_file() else {} for model, own in identities.items()},
+        read_provenance(file.parent),
+    )
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What a command noted of its results in a folder; empty where it noted nothing.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return read_json(folder / FILE) if (folder / FILE).is_file() else {}
 
 
 def _cells(row: Mapping[str, str]) -> Iterable[float]:

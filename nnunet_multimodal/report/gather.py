@@ -19,6 +19,7 @@ from nnunet_multimodal.report.evaluations import (
     Subsets,
     is_evaluation,
     read_evaluation,
+    read_provenance,
     read_rows,
     read_subsets,
 )
@@ -26,6 +27,7 @@ from nnunet_multimodal.report.models import TrainedModel, is_model, read_model
 
 DEPTH = 4  # of folders below those that were named
 EVALUATIONS = ("evaluation.json", "summary.json")  # ours, else nnU-Net's
+ARGUMENTS = "predict_from_raw_data_args.json"
 TABLES = ("contributions", "complementary_weights", "uncertainty", "attribution")
 MAP_FOLDERS = ("uncertainty", "complementary", "attribution")
 MAP_ENDING = ".nii.gz"
@@ -45,6 +47,7 @@ class Predictions:
         maps: case -> name -> file of each uncertainty map.
         summaries: case -> what ``predict`` wrote to CASE.json.
         evaluation: of these predictions, if there is one.
+        arguments: what nnU-Net wrote to predict_from_raw_data_args.json.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Predictions:
     maps: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
     summaries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def cases(self) -> list[str]:
@@ -88,11 +92,18 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A folder of ``explain`` or ``uncertainty``: rows of its tables by their names, and case -> name -> map."""
+    """A folder of ``explain`` or ``uncertainty``.
+
+    Attributes:
+        tables: rows by the tables' names.
+        maps: case -> name -> file.
+        made_with: model, settings, versions and command.
+    """
 
     name: str
     tables: Mapping[str, tuple[Mapping[str, str], ...]]
     maps: Mapping[str, Mapping[str, Path]]
+    made_with: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -227,6 +238,7 @@ def read_predictions(folder: Path, name: str) -> Predictions:
         find_maps(folder / "uncertainty", files),
         {case: read_json(found.quantities) for case, found in files.items() if found.quantities},
         None if evaluation is None else read_evaluation(evaluation, dataset_json),
+        read_json(folder / ARGUMENTS) if (folder / ARGUMENTS).is_file() else {},
     )
 
 
@@ -280,7 +292,7 @@ def read_explanation(folder: Path, name: str) -> Explanation:
             maps.setdefault(case, {}).update(
                 {f"uncertainty: {modalities.get(int(own), own)}": f for own, f in found.items() if own.isdigit()}
             )
-    return Explanation(name, tables, maps)
+    return Explanation(name, tables, maps, read_provenance(folder))
 
 
 def image_names(dataset_json: Mapping[str, Any]) -> list[str]:

@@ -14,11 +14,12 @@ import numpy as np
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.images import read_json
 from nnunet_multimodal.planning import OPTIONS_KEY
+from nnunet_multimodal.provenance import logged_start
 from nnunet_multimodal.report.evaluations import FOREGROUND, Evaluation, read_evaluation
 
 NUMBER = r"(-?[\d.]+(?:e[-+]?\d+)?|-?nan|-?inf)"
 LINES = {
-    "epoch": re.compile(r": Epoch (\d+)\s*$"),
+    "epoch": re.compile(r": Epoch (\d+)\s*$", re.MULTILINE),
     "learning_rate": re.compile(rf"Current learning rate: {NUMBER}"),
     "train_loss": re.compile(rf"train_loss {NUMBER}"),
     "val_loss": re.compile(rf"val_loss {NUMBER}"),
@@ -59,6 +60,7 @@ class Fold:
         finished: whether there is a final checkpoint.
         environment: what ``debug.json`` tells, by the names of the page.
         validation: nnU-Net's own of its held-out cases, if it ended.
+        starts: what the log of each start tells of it (:func:`nnunet_multimodal.provenance.logged_start`).
     """
 
     name: str
@@ -67,6 +69,7 @@ class Fold:
     finished: bool
     environment: Mapping[str, str]
     validation: Evaluation | None
+    starts: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def validation_dice(self) -> float:
@@ -170,6 +173,7 @@ def _read_fold(folder: Path, dataset_json: dict[str, Any]) -> Fold:
         finished=(folder / "checkpoint_final.pth").is_file(),
         environment={name: str(debug[key]) for key, name in DEBUG.items() if debug.get(key) not in (None, "None")},
         validation=read_evaluation(summary, dataset_json) if summary.is_file() else None,
+        starts=tuple(logged_start(log) for log in logs if LINES["epoch"].search(log)),
     )
 
 

@@ -6,11 +6,9 @@ import base64
 import gzip
 import json
 import math
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from nnunet_multimodal import __version__
 from nnunet_multimodal.evaluate.agreement import HEADINGS as AGREEMENT_HEADINGS
 from nnunet_multimodal.evaluate.report import FOREGROUND, HEADINGS, LEGEND, SHOWN_OF_FIRST
 from nnunet_multimodal.lookup import split_length
@@ -26,9 +25,10 @@ from nnunet_multimodal.metrics.case import DISTRIBUTION
 from nnunet_multimodal.report import plots
 from nnunet_multimodal.report.evaluations import AVERAGE, Evaluation, Measures, SubsetCell, Subsets
 from nnunet_multimodal.report.gather import Predictions, Study
+from nnunet_multimodal.report.provenance import UNKNOWN, records
+from nnunet_multimodal.report.units import CRPS, crps_unit, no_interval, with_crps_in
 
 HERE = Path(__file__).parent
-PACKAGES = ("nnunet-multimodal", "nnunetv2", "torch", "numpy")
 SCRIPTS = ("volumes.js", "case.js", "numbers.js", "viewer.js")
 CASE_COLUMNS = ("Dice", "HD95_mm", "NSD", "GED2", "ECE")
 RATER_COLUMNS = ("rater_Dice", "interrater_Dice")  # the latter only of several raters
@@ -62,13 +62,18 @@ def render(study: Study, views: Sequence[Mapping[str, Any]], title: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "sortable": sortable, "breakable": breakable}
+    unit = crps_unit(study)
+    study = with_crps_in(study, unit)
     columns = case_columns(study)
     raters = {view["case"]: view["rater_voxels"] for view in views}
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return environment.get_template("page.html").render(
         title=title,
         study=study,
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        made=made,
+        version=__version__,
+        records=records(study, made),
+        unknown=UNKNOWN,
         css=Markup((HERE / "static" / "report.css").read_text()),
         script=script(),
         viewer=viewer() if views else "",
@@ -82,7 +87,7 @@ def render(study: Study, views: Sequence[Mapping[str, Any]], title: str) -> str:
         oriented=any(view["oriented"] for view in views),
         headings=headings(study),
         agreement_headings=AGREEMENT_HEADINGS,
-        legend=LEGEND.strip(),
+        legend=LEGEND.format(unit=unit).strip(),
         means=mean_table(study, columns),
         distribution=mean_table(study, distribution_columns(study)),
         agreement=agreement_table(study),
@@ -153,11 +158,12 @@ def distribution_columns(study: Study) -> list[str]:
 
 
 def headings(study: Study) -> dict[str, str]:
-    """Column -> heading, with the tolerance of the normalised surface distance if it is the same everywhere."""
+    """Column -> heading, with CRPS's unit, and the tolerance of the surface distance if it is the same everywhere."""
     found = {run.evaluation.tolerance_mm for run in study.predictions if run.evaluation and run.evaluation.has("NSD")}
     named = {c: c.rpartition("_") for c in distribution_columns(study) if c not in HEADINGS}
     return {
         **HEADINGS,
+        CRPS: f"{HEADINGS[CRPS]} ({crps_unit(study)})",
         **{column: f"{HEADINGS[measure]} {number}" for column, (measure, _, number) in named.items()},
         "NSD": f"{HEADINGS['NSD']} {found.pop():g} mm" if len(found) == 1 else HEADINGS["NSD"],
     }
@@ -222,6 +228,7 @@ def case_rows(study: Study) -> list[dict[str, Any]]:
                         "absent": ", ".join(summary.get("absent", ())),
                         "measures": measured.get(label, {}),
                         "volume": run.volume(case, label, study.unit),
+                        "no_interval": no_interval(run, case, label, study.unit),
                         "shown": case in run.files,
                     }
                 )
@@ -236,6 +243,7 @@ def case_data(study: Study, raters: Mapping[str, Mapping[str, Sequence[int | Non
         raters: case -> label -> voxels of each rater.
     """
     data: dict[str, Any] = {case: {"runs": {}, "explained": []} for case in study.cases}
+    named = headings(study)
     for run in study.predictions:
         for case in run.cases:
             summary = run.summaries.get(case, {})
@@ -245,7 +253,10 @@ def case_data(study: Study, raters: Mapping[str, Mapping[str, Sequence[int | Non
                     label: plots.reference_volume(run, case, label, study.unit) for label in summary.get("labels", {})
                 },
                 "raters": plots.rater_volumes(run, case, raters.get(case, {}), study.unit),
-                "distribution": distribution(run, case),
+                "no_interval": {
+                    label: no_interval(run, case, label, study.unit) for label in summary.get("labels", {})
+                },
+                "distribution": distribution(run, case, named),
                 "agreement": agreement(run, case),
                 "absent": summary.get("absent", []),
                 "samples": summary.get("samples"),
@@ -260,14 +271,14 @@ def case_data(study: Study, raters: Mapping[str, Mapping[str, Sequence[int | Non
     return data
 
 
-def distribution(run: Predictions, case: str) -> dict[str, Any] | None:
+def distribution(run: Predictions, case: str, named: Mapping[str, str]) -> dict[str, Any] | None:
     """Of a case: headings, and rows of what the evaluation tells of samples and raters; None if it tells nothing."""
     measured = run.evaluation.cases.get(case, {}) if run.evaluation else {}
     every = [column for column in HEADINGS if column in DISTRIBUTION]
     columns = [c for c in every if any(math.isfinite(row.get(c, math.nan)) for row in measured.values())]
     if run.evaluation is None or not columns:
         return None
-    return {"columns": [HEADINGS[c] for c in columns], "rows": _rows(measured, run.evaluation, columns)}
+    return {"columns": [named[c] for c in columns], "rows": _rows(measured, run.evaluation, columns)}
 
 
 def agreement(run: Predictions, case: str) -> dict[str, Any] | None:
@@ -377,7 +388,8 @@ def _shrunk(views: Sequence[Mapping[str, Any]]) -> str:
     shares = [math.prod(view["original_shape"]) / math.prod(view["shape"]) for view in views]
     if max(shares) == 1:
         return "Volumes are shown voxel by voxel; grey values are stored with loss (8 bits, WebP)."
+    times = " to ".join(dict.fromkeys(f"{share:.0f}" for share in (min(shares), max(shares))))
     return (
-        f"Volumes are shown with {min(shares):.0f} to {max(shares):.0f} times fewer voxels than the files have, and "
+        f"Volumes are shown with {times} times fewer voxels than the files have, and "
         "grey values with loss (8 bits, WebP): for a look, not for measuring. All numbers are of the files."
     )

@@ -1,7 +1,6 @@
 """Bad input on the roads that users take: a clear message, or, where it is odd but fine, finite weights and maps."""
 
 import json
-import re
 import shutil
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -119,89 +118,6 @@ def test_odd_cases_train_validate_predict_and_are_evaluated(odd, tmp_path, fold,
     assert cli.main(["evaluate", str(labels), str(output), "-np", "1", "--chill"]) == 0
     (case,) = json.loads((output / "evaluation.json").read_text())["metric_per_case"]
     assert case["metrics"]["2"]["n_ref"] == (segmentation(labels / f"case_{fold}.nii.gz") == 2).sum()
-
-
-# --- raw data
-
-
-def missing_channel(raw):
-    (raw / "imagesTr" / "case_0_0001.nrrd").unlink()
-
-
-def extra_channel(raw):
-    shutil.copy(raw / "imagesTr" / "case_0_0002.nrrd", raw / "imagesTr" / "case_0_0003.nrrd")
-
-
-def image_of_another_shape(raw):
-    change(raw / "imagesTr" / "case_0_0001.nrrd", np.zeros((18, 20, 21), np.float32))
-
-
-def image_of_another_spacing(raw):
-    set_spacing(raw / "imagesTr" / "case_0_0001.nrrd")
-
-
-def label_map_of_another_shape(raw):
-    change(raw / "labelsTr" / "case_0.nrrd", np.zeros((18, 20, 21), np.uint8))
-
-
-def label_map_of_another_spacing(raw):
-    set_spacing(raw / "labelsTr" / "case_0.nrrd")
-
-
-def nan_voxels(raw):
-    put(raw / "imagesTr" / "case_0_0001.nrrd", np.nan)
-
-
-def label_that_is_not_declared(raw):
-    put(raw / "labelsTr" / "case_0.nrrd", 7)
-
-
-def corrupt_image(raw):
-    (raw / "imagesTr" / "case_0_0001.nrrd").write_bytes(b"nothing")
-
-
-def truncated_image(raw):
-    file = raw / "imagesTr" / "case_0_0001.nrrd"
-    file.write_bytes(file.read_bytes()[:9000])
-
-
-def corrupt_label_map(raw):
-    (raw / "labelsTr" / "case_0.nrrd").write_bytes(b"nothing")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (missing_channel, r"number of modalities. \nExpected: 3. \nGot: 2. \nImages: .*case_0_0002.nrrd"),
-        (extra_channel, r"number of modalities. \nExpected: 3. \nGot: 4. \nImages: .*case_0_0003.nrrd"),
-        (image_of_another_shape, r"images have the same shape!\nShapes:\n.* 20, 21\).*\nImage files:\n.*_0001.nrrd"),
-        (
-            image_of_another_spacing,
-            r"images have the same spacing!\nSpacings:\n.* 2\.0\).*\nImage files:\n.*_0001.nrrd",
-        ),
-        (label_map_of_another_shape, r"Shape seg: \(18, 20, 21\). \nImage files: .*\nSeg file: .*case_0.nrrd"),
-        (label_map_of_another_spacing, r"Spacing seg: \[.*2\.0.*\]. \nImage files: .*\nSeg file: .*case_0.nrrd"),
-        (nan_voxels, r"NaN .* fix that by replacing NaN values .*\nImages:\n.*case_0_0001.nrrd"),
-        (label_that_is_not_declared, r"labels found in file .*case_0.nrrd.\nExpected: .*1.*2.*\nFound: .* 7"),
-        (corrupt_image, r"Unable to determine ImageIO reader for .*case_0_0001.nrrd"),
-        (truncated_image, r"Error reading .*case_0_0001.nrrd"),
-        (corrupt_label_map, r"Unable to determine ImageIO reader for .*case_0.nrrd"),
-    ],
-)
-def test_nnunet_refuses_wrong_raw_data_when_it_is_asked_to_verify(tmp_path, capsys, spoil, message):
-    nnunet = NnUNet(tmp_path)
-    write_raw(nnunet, "labels", cases=1)
-    raw = nnunet.raw / DATASET
-    description = raw / "dataset.json"
-    description.write_text(description.read_text().replace(".nii.gz", ".nrrd"))
-    for file in raw.rglob("*.nii.gz"):
-        SimpleITK.WriteImage(SimpleITK.ReadImage(str(file)), str(file).replace(".nii.gz", ".nrrd"))
-        file.unlink()
-    spoil(raw)
-    with pytest.raises(RuntimeError) as error:
-        plan_and_preprocess(nnunet, "--no_pp")
-    assert re.search(message, f"{capsys.readouterr().out}{error.value}")
-    assert not list(nnunet.preprocessed.rglob("*.json"))
 
 
 # --- prediction
@@ -326,51 +242,6 @@ def test_several_channels_in_a_file_to_predict_are_refused(trained, tmp_path):
     several_channels(images / "case_0_0000.nii.gz")
     with pytest.raises(UserError, match=r"case_0_0000.nii.gz has 5 channels in one file; split it"):
         predict(trained, images, tmp_path / "out")
-
-
-@pytest.fixture
-def raw(tmp_path):
-    nnunet = NnUNet(tmp_path)
-    write_raw(nnunet, "labels", cases=1)
-    return nnunet
-
-
-@pytest.mark.parametrize(("spoil", "message"), BAD_IMAGES)
-def test_bad_images_are_named_by_complete_and_by_our_fingerprint(raw, spoil, message):
-    images = raw.raw / DATASET / "imagesTr"
-    spoil(images / "case_0_0001.nii.gz")
-    with pytest.raises(UserError, match=message):
-        cli.main(["complete", str(images), "-np", "1"])
-    with pytest.raises(UserError, match=message):
-        plan_and_preprocess(raw, "--no_pp", verify=False)
-
-
-@pytest.mark.parametrize(("spoil", "message"), GRIDS)
-def test_our_fingerprint_names_images_on_other_grids(raw, spoil, message):
-    spoil(raw.raw / DATASET / "imagesTr" / "case_0_0001.nii.gz")
-    with pytest.raises(UserError, match=message):
-        plan_and_preprocess(raw, "--no_pp", verify=False)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (moved, r"labelsTr/case_0.nii.gz has origin .* and .*case_0_0000.nii.gz .*resample the label map"),
-        (of_another_shape, r"labelsTr/case_0.nii.gz has shape .* and .*case_0_0000.nii.gz .*resample the label map"),
-        (corrupt, r"labelsTr/case_0.nii.gz cannot be read \(.*\); copy it again"),
-    ],
-)
-def test_our_fingerprint_names_bad_label_maps(raw, spoil, message):
-    spoil(raw.raw / DATASET / "labelsTr" / "case_0.nii.gz")
-    with pytest.raises(UserError, match=message):
-        plan_and_preprocess(raw, "--no_pp", verify=False)
-
-
-def test_a_dataset_of_empty_labels_is_refused(raw):
-    file = raw.raw / DATASET / "labelsTr" / "case_0.nii.gz"
-    change(file, np.zeros_like(segmentation(file)))
-    with pytest.raises(UserError, match=rf"{DATASET}: no case with T1 has a label but background in labelsTr"):
-        plan_and_preprocess(raw, "--no_pp", verify=False)
 
 
 def test_our_preprocessor_refuses_infinite_voxels_extra_channels_and_labels_that_are_not_declared(trained, tmp_path):

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.backends import cudnn
 
 from nnunet_multimodal.cli import main
 from nnunet_multimodal.errors import UserError
-from nnunet_multimodal.train import local_device
+from nnunet_multimodal.train import kernels, local_device
+from nnunet_multimodal.trainer import MultimodalTrainer
 from tests.contracts import fixed_batches
 from tests.nnunet import PLANS
 
@@ -119,17 +121,43 @@ def train(nnunet, *flags):
         return main(["train", "900", "2d", "0", "-p", PLANS, "-device", "cpu", *flags])
 
 
-def test_a_seed_repeats_a_training_bit_for_bit(datasets, tmp_path):
-    weights = []
+def test_a_seed_repeats_a_training_bit_for_bit(datasets, tmp_path, monkeypatch):
+    weights, state = [], kernel_state()
+    train_step = MultimodalTrainer.train_step
+    monkeypatch.setattr(MultimodalTrainer, "train_step", lambda *own: seen.add(kernel_state()) or train_step(*own))
+    seen = set()
     for index, seed in enumerate(("7", "7", "8")):
         nnunet = datasets("labels").with_results(tmp_path / str(index))
         assert train(nnunet, "-tr", "SSNModalityDropoutTrainer_1epoch_4iterations", "--seed", seed) == 0
         fold = nnunet.model("SSNModalityDropoutTrainer_1epoch_4iterations", "2d") / "fold_0"
         assert (fold / "validation" / "summary.json").is_file()
         weights.append(torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"])
+    assert seen == {(True, True, False, True, ":4096:8")}
+    assert kernel_state() == state
     first, again, other = weights
     assert all(torch.equal(weight, again[key]) for key, weight in first.items())
     assert any(not torch.equal(weight, other[key]) for key, weight in first.items())
+
+
+def kernel_state():
+    """What torch is told of kernels: deterministic, no more than a warning, cuDNN's fastest, cuDNN's deterministic."""
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    return strict, warns, cudnn.benchmark, cudnn.deterministic, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_kernels_are_afterwards_as_before(monkeypatch):
+    before = kernel_state()
+    with kernels(deterministic=False):
+        assert kernel_state() == (*before[:2], True, False, before[4])
+    assert kernel_state() == before
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with kernels(deterministic=True):
+            assert kernel_state() == (True, True, False, True, ":16:8")
+        assert kernel_state() == (True, False, *before[2:4], ":16:8")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_threads_are_shared_among_the_cores_that_the_process_may_use(monkeypatch):

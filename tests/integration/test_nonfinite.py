@@ -1,5 +1,6 @@
 """A step that is not finite is named and skipped; too many are an error."""
 
+import math
 from copy import deepcopy
 
 import numpy as np
@@ -9,18 +10,22 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 
 from nnunet_multimodal.errors import UserError
-from nnunet_multimodal.nonfinite import MAX_SKIPPED_STEPS, name_nonfinite_input
+from nnunet_multimodal.nonfinite import LOWEST_SCALE, MAX_SKIPPED_STEPS, name_nonfinite_input
+from tests.nnunet import PLANS
 
 
-@pytest.fixture(scope="module")
-def prepared(datasets):
-    nnunet = datasets("labels")
-    trainer = nnunet.trainer("EarlyFusionTrainer_1epoch_2iterations")
+def trainer_and_batch(nnunet, plans=PLANS):
+    trainer = nnunet.trainer("EarlyFusionTrainer_1epoch_2iterations", plans=plans)
     with nnunet.environment():
         trainer.initialize()
         batch = next(trainer.get_dataloaders()[0])
     trainer.network.train()
     return trainer, batch
+
+
+@pytest.fixture(scope="module")
+def prepared(datasets):
+    return trainer_and_batch(datasets("labels"))
 
 
 @pytest.fixture
@@ -42,6 +47,24 @@ def log(trainer, monkeypatch):
     lines = []
     monkeypatch.setattr(trainer, "print_to_log_file", lambda *text, **_: lines.append(" ".join(map(str, text))))
     return lines
+
+
+@pytest.fixture
+def with_batch_norm(datasets, tmp_path):
+    """A trainer with BatchNorm after one step, and its batch."""
+    nnunet = datasets("labels").with_results(tmp_path)
+    plans = {**nnunet.plans(), "plans_name": "BatchNormPlans"}
+    network = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    network["norm_op"] = "torch.nn.modules.batchnorm.BatchNorm3d"
+    nnunet.write_plans(plans)
+    trainer, batch = trainer_and_batch(nnunet, plans["plans_name"])
+    trainer.on_epoch_start()
+    trainer.train_step(batch)
+    return trainer, batch
+
+
+def buffers(trainer):
+    return {name: buffer.clone() for name, buffer in trainer.network.named_buffers()}
 
 
 def weights(trainer):
@@ -93,6 +116,82 @@ def test_a_gradient_scaler_that_goes_on_lowering_its_scale_counts(trainer, batch
     assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
     trainer.train_step(batch)
     assert len(log) == 1
+
+
+@pytest.mark.parametrize("at_fault", ["image", "gradient"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_running_statistics_keep_nothing_of_a_skipped_step(with_batch_norm, monkeypatch, scaled, at_fault):
+    trainer, batch = with_batch_norm
+    before = buffers(trainer)
+    assert {name.rpartition(".")[2] for name in before} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert all(value == 1 for name, value in before.items() if name.endswith("tracked"))
+    monkeypatch.setattr(trainer, "grad_scaler", torch.amp.GradScaler("cpu") if scaled else None)
+    bad, parameter = deepcopy(batch), next(trainer.network.parameters())
+    if at_fault == "image":
+        bad["data"][1, 0].flatten()[:3] = torch.inf
+    handle = parameter.register_hook(lambda gradient: gradient * (torch.inf if at_fault == "gradient" else 1))
+    trainer.train_step(bad)
+    handle.remove()
+    after = buffers(trainer)
+    assert all(value.isfinite().all() and torch.equal(value, before[name]) for name, value in after.items())
+    with torch.no_grad():
+        assert trainer.network.eval()(batch["data"])[0].isfinite().all()
+    trainer.network.train()
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+    assert all(value == 2 for name, value in buffers(trainer).items() if name.endswith("tracked"))
+
+
+def test_statistics_spoiled_by_another_process_are_put_back(with_batch_norm):
+    """SyncBatchNorm shares them; this process's own loss and gradient are finite."""
+    trainer, batch = with_batch_norm
+    before, old = buffers(trainer), weights(trainer)
+
+    def spoil(layer, *_):
+        layer.running_var.data.fill_(torch.nan)
+
+    handle = trainer.statistics.layers[0].register_forward_hook(spoil)
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+    handle.remove()
+    assert all(torch.equal(value, before[name]) for name, value in buffers(trainer).items())
+    assert not trainer.skipped
+    assert any(not torch.equal(a, b) for a, b in zip(old, weights(trainer), strict=True))
+
+
+def test_without_running_statistics_nothing_is_kept(trainer):
+    assert trainer.statistics.layers
+    assert trainer.statistics.buffers() == []
+
+
+def test_a_loss_scale_that_falls_from_epoch_to_epoch_is_an_error(trainer, batch, log, monkeypatch):
+    scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(trainer, "grad_scaler", scaler)
+    monkeypatch.setattr(trainer, "num_skipped", 0)
+    usual, lowest = int(math.log2(scaler.get_scale())), -int(math.log2(LOWEST_SCALE))
+    handle = next(trainer.network.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    for _ in range(usual):  # 65536 to 1: may happen at the start
+        trainer.train_step(batch)
+    assert scaler.get_scale() == 1
+    assert not log
+    for _ in range(lowest + 1):
+        trainer.on_epoch_start()
+        trainer.train_step(batch)
+    handle.remove()
+    before = weights(trainer)
+    with pytest.raises(UserError, match=rf"scale 0.000488 is below .* after {lowest + 1} skipped .*_log_.*txt .*--c"):
+        trainer.train_step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(LOWEST_SCALE / 2, 65536), (4, 4)])
+def test_training_goes_on_with_a_usual_loss_scale(trainer, log, monkeypatch, tmp_path, saved, loaded):
+    checkpoint = str(tmp_path / "checkpoint_latest.pth")
+    monkeypatch.setattr(trainer, "current_epoch", 0)
+    monkeypatch.setattr(trainer, "grad_scaler", torch.amp.GradScaler("cpu", init_scale=saved))
+    trainer.save_checkpoint(checkpoint)
+    monkeypatch.setattr(trainer, "grad_scaler", torch.amp.GradScaler("cpu"))
+    trainer.load_checkpoint(checkpoint)
+    assert trainer.grad_scaler.get_scale() == loaded
+    assert any("65536 in place of 0.000488" in line for line in log) == (saved != loaded)
 
 
 def test_too_many_in_an_epoch_are_an_error(trainer, batch, log):

@@ -290,6 +290,8 @@ def test_a_flat_case_without_anything_else(clean, tmp_path):
     clean.run("document.querySelector('button.show').click()")
     clean.wait("document.activeElement.id === 'view-case'")
     assert "Volumes in voxels" in text(clean, "volume-chart")
+    why = "[...document.querySelectorAll('#volume-chart td span')].map((e) => [e.textContent, e.title])"
+    assert clean.run(why) == [["–", "An interval takes at least two samples."]]
     assert "No measures of samples or raters" in text(clean, "agreement-table")
 
 

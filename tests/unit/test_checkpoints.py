@@ -2,6 +2,9 @@
 
 import json
 import os
+import pickle
+import subprocess
+import sys
 import zipfile
 from copy import deepcopy
 from types import SimpleNamespace
@@ -21,8 +24,9 @@ CHECKPOINT = {
     "network_weights": {"a": torch.zeros(2)},
     "logging": {"ema_fg_dice": [np.float32(0.5), np.float64(1)], "dice_per_class_or_region": [[np.float64(0.1)]]},
     "init_args": {"device": torch.device("cpu"), "plans": {"a": [1, 2.0, None]}},
-    "arrays": np.arange(3),
+    "arrays": [np.arange(3), np.array([True]), np.eye(2, dtype=np.float16), np.array(1 + 2j)],
 }
+PLAIN = {"logging": {"ema_fg_dice": [np.float32(0.5)]}, "trainer_name": "O", "labels": {"object": 1}}
 
 
 class Harmful:
@@ -34,8 +38,10 @@ class Harmful:
 
 
 def test_nnunets_checkpoints_pass(tmp_path):
-    torch.save(CHECKPOINT, tmp_path / "checkpoint.pth")
+    torch.save({**CHECKPOINT, **PLAIN}, tmp_path / "checkpoint.pth")
     refuse_code(tmp_path / "checkpoint.pth")
+    torch.save(torch.optim.SGD([torch.zeros(2, requires_grad=True)], 0.1).state_dict(), tmp_path / "optimizer.pth")
+    refuse_code(tmp_path / "optimizer.pth")
 
 
 def test_code_is_refused_and_not_run(tmp_path):
@@ -87,6 +93,61 @@ def test_attributes_of_harmless_modules_are_refused_and_not_run(tmp_path, get_bu
     if get_builtin == DOTTED:  # what it would have done
         torch.load(tmp_path / "checkpoint.pth", weights_only=False)
         assert (tmp_path / "ran").exists()
+
+
+class Called:
+    """What a pickle calls, and with what."""
+
+    def __init__(self, call, *args):
+        self.call = call, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def with_state(dtype, state):
+    """A type of an array that takes another's state."""
+
+    class Changed:
+        def __reduce__(self):
+            return np.dtype, (dtype, False, True), state
+
+    return Changed()
+
+
+OBJECTS = (3, "|", None, None, None, -1, -1, 63)
+ADDRESS = b"12345678"  # of an object, as Python would believe
+
+
+@pytest.mark.parametrize(
+    ("array", "why"),
+    [
+        (Called(np.ndarray, (1,), "O", ADDRESS), "call of numpy.ndarray"),
+        (b"\x80\x02cnumpy\nndarray\n(K\x01\x85" + text("O") + b"t\x81.", "call of numpy.ndarray"),  # its __new__
+        (Called(np.ndarray, (1,), "f8", ADDRESS), "call of numpy.ndarray"),
+        (np.array([1, None], dtype=object), "type O8, False, True"),
+        (np.zeros(1, [("a", "f8"), ("b", "O")]), "type V16, False, True|type O8"),
+        (Called(np.dtype, "i4,O"), "type i4,O"),
+        (Called(np.dtype, [("a", "O")]), r"type \[\('a', 'O'\)\]"),
+        (b"\x80\x02cnumpy\ndtype\n" + text("O8") + b"\x85\x81.", "type O8"),
+        (with_state("f8", OBJECTS), r"type with state \(3, '\|', None, None, None, -1, -1, 63\)"),
+        (with_state("f8", (3, "|", None, ("a",), {"a": (np.dtype("f8"), 0)}, 8, 1, 0)), "type with state"),
+    ],
+)
+def test_arrays_that_are_not_of_numbers_are_refused(tmp_path, array, why):
+    pickled = array if isinstance(array, bytes) else pickle.dumps({**PLAIN, "extra": array}, protocol=2)
+    save_pickle(tmp_path / "checkpoint.pth", pickled)
+    with pytest.raises(UserError, match=rf"checkpoint\.pth has an array that is not of numbers \(({why})"):
+        refuse_code(tmp_path / "checkpoint.pth")
+
+
+def test_a_call_lays_bytes_out_as_objects(tmp_path):
+    """What it would have done; to look at the array would crash this process."""
+    save_pickle(tmp_path / "a.pth", pickle.dumps(Called(np.ndarray, (1,), "O", ADDRESS), protocol=2))
+    look = "import sys, torch; a = torch.load(sys.argv[1], weights_only=False); print(a.dtype, flush=True); repr(a[0])"
+    run = subprocess.run([sys.executable, "-c", look, tmp_path / "a.pth"], capture_output=True, check=False)
+    assert run.stdout == b"object\n"
+    assert run.returncode < 0  # by a signal
 
 
 @pytest.mark.parametrize("pickled", [b"", b"\x80\x02", b"\x80\x02X\x05", b"\x80\x02cnumpy\xff\n"])

@@ -6,6 +6,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import distributions
 from torch.nn import functional as F
 
+from nnunet_multimodal.backbones import ciml
 from nnunet_multimodal.backbones.base import SubtaskLogits
 from nnunet_multimodal.backbones.ciml import divergence_from_standard, sample
 from nnunet_multimodal.losses import SubtaskLoss
@@ -41,7 +42,7 @@ def test_the_gate_follows_the_paper_message_by_message(attention):
     gate = BUILD({"attention": attention}).eval().backbone.segmentors[0].gates[1]
     own, messages = draw(2, 6, 4, 5, 3), draw(2, 2, 6, 4, 5, 3, seed=1)
     present = torch.tensor([[True, True], [False, True]])
-    kappa, variance = gate(own, messages, present)
+    kappa, variance = gate(messages, gate.attend(own, present, *messages.unbind(1)), present)
     assert variance is None
     for b in range(2):
         maps = [m.mean(0) * here for m, here in zip(messages[b], present[b], strict=True)]
@@ -57,8 +58,9 @@ def test_the_gate_follows_the_paper_message_by_message(attention):
 def test_the_divergence_is_that_of_the_gaussian_from_the_standard_one():
     gate = BUILD().train().backbone.segmentors[0].gates[0]
     own, messages, present = draw(1, 4, 4, 5, 3), draw(1, 2, 4, 4, 5, 3, seed=1), torch.ones(1, 2, dtype=torch.bool)
-    mean, variance = gate(own, messages, present)
-    torch.testing.assert_close(mean, gate.eval()(own, messages, present)[0])
+    weights = gate.attend(own, present, *messages.unbind(1))
+    mean, variance = gate(messages, weights, present)
+    torch.testing.assert_close(mean, gate.eval()(messages, weights, present)[0])
     gaussian = distributions.Normal(mean, variance.sqrt())
     expected = distributions.kl_divergence(gaussian, distributions.Normal(0.0, 1.0)).flatten(2).mean(2)
     torch.testing.assert_close(divergence_from_standard(mean, variance), expected)
@@ -73,9 +75,10 @@ def test_a_skip_hears_the_sum_of_what_is_drawn_for_each_message():
         heard.clear()
         torch.manual_seed(0)
         with torch.no_grad():
+            weights = segmentor.gates[0].attend(own, present, *messages.unbind(1))
             for _ in range(4000):
-                segmentor.hear(0, own, present, *messages.unbind(1))
-            mean, variance = segmentor.gates[0](own, messages, present)
+                segmentor.hear(0, own, weights, present, *messages.unbind(1))
+            mean, variance = segmentor.gates[0](messages, weights, present)
         drawn = torch.stack(heard)
         of_each = torch.stack([sample(mean, variance).sum(1) for _ in range(4000)])
         torch.testing.assert_close(drawn.mean(0), of_each.mean(0), atol=0.15, rtol=0)
@@ -88,7 +91,7 @@ def test_where_nothing_is_sent_nothing_is_heard_and_gradients_are_finite():
     messages = draw(1, 2, 4, 4, 5, 3, seed=1).requires_grad_()
     heard = []
     segmentor.reductions[0].register_forward_pre_hook(lambda _, args: heard.append(args[0][:, 4:]))
-    skip, divergence = segmentor.hear(0, own, torch.zeros(1, 2, dtype=torch.bool), *messages.unbind(1))
+    skip, divergence = segmentor.hear_in_slabs(0, own, torch.zeros(1, 2, dtype=torch.bool), messages.unbind(1))
     (skip.square().mean() + 0.0 * divergence.sum()).backward()
     assert heard[0].abs().max() < 1e-3
     assert own.grad.isfinite().all()
@@ -167,6 +170,28 @@ def test_gates_are_run_again_in_the_backward_pass_with_the_same_noise():
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": False}, {"variational": False}])
+def test_slabs_give_what_the_whole_gives(monkeypatch, options):
+    monkeypatch.setattr(ciml, "sample", lambda mean, variance: mean + variance)  # no noise
+    found = []
+    for slab in (2**20, 2 * 4 * 5 * 3 * 2, 1):  # one, two, four slabs
+        monkeypatch.setitem(ciml.SLAB, "cpu", slab)
+        torch.manual_seed(0)
+        segmentor = BUILD(options).train().backbone.segmentors[0]
+        own, *messages = (draw(2, 4, 4, 5, 3, seed=k).requires_grad_() for k in range(3))
+        present = torch.tensor([[True, True], [False, True]])
+        skip, divergence = segmentor.hear_in_slabs(0, own, present, messages)
+        (skip.square().sum() + (0 if divergence is None else divergence.sum())).backward()
+        weights = segmentor.gates[0].attend(own, present, *messages)
+        whole, _ = segmentor.hear(0, own, weights, present, *messages)
+        torch.testing.assert_close(skip, whole)
+        gradients = [own.grad, *(m.grad for m in messages), segmentor.gates[0].mean.weight.grad]
+        found.append([skip, *gradients, *([] if divergence is None else [divergence])])
+    for others in found[1:]:
+        for first, other in zip(found[0], others, strict=True):
+            torch.testing.assert_close(first, other)
 
 
 # --- the output

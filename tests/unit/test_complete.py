@@ -7,8 +7,9 @@ import SimpleITK
 import tifffile
 from skimage import io
 
-from nnunet_multimodal import cli
+from nnunet_multimodal import cli, preprocessing
 from nnunet_multimodal.errors import UserError
+from nnunet_multimodal.images import geometry_difference
 from nnunet_multimodal.preprocessing import PLACEHOLDER
 
 CHANNELS = ("FLAIR", "T1", "T2")
@@ -146,6 +147,10 @@ def manifest_with_words(images):
     (images / "modalities.csv").write_text("case,FLAIR,T1,T2\na,yes,1,1\n")
 
 
+def manifest_in_another_encoding(images):
+    (images / "modalities.csv").write_text("case,FLAIR,T1,T2\na\xe4,1,1,1\n", encoding="latin-1")
+
+
 def no_channel(images):
     write_image(images / "a.nii.gz")
 
@@ -175,6 +180,7 @@ def several_channels_in_a_file(images):
         (manifest_of_other_cases, r"modalities.csv has q, and there is no file of it"),
         (manifest_of_other_channels, r"begins with 'case,CT,PET', not 'case,FLAIR,T1,T2'"),
         (manifest_with_words, r"'a,yes,1,1' is not a case with 0 or 1"),
+        (manifest_in_another_encoding, r"modalities.csv cannot be read \(.*can't decode.*\); save it as CSV in UTF-8"),
         (no_channel, r"a.nii.gz: no channel in its name; rename it to CASE_0000.nii.gz"),
         (too_many_channels, r"a_0003.nii.gz: channel 3, and the dataset has 0 to 2"),
         (several_channels_in_a_file, r"c_0002.nii.gz has 2 channels in one file; split it"),
@@ -231,3 +237,26 @@ def test_formats_of_nnunet(tmp_path, ending):
     complete(tmp_path)  # recognises its own
     complete(tmp_path, "--undo")
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_table_of_a_spreadsheet_is_read(dataset, encoding, monkeypatch):
+    images = dataset / "imagesTr"
+    description = json.loads((dataset / "dataset.json").read_text())
+    channels = {"0": "FLAIR", "1": "T1 präop", "2": "T2"}
+    (dataset / "dataset.json").write_text(json.dumps({**description, "channel_names": channels}))
+    assert complete(images) == 0
+    text = "case,FLAIR,T1 präop,T2\na,1,1,1\nb,1,0,1\nc,0,0,1\n"
+    assert (images / "modalities.csv").read_bytes() == text.encode()
+    (images / "modalities.csv").write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    assert complete(images) == 0
+    monkeypatch.setattr(preprocessing, "nnUNet_raw", str(dataset.parent))
+    assert preprocessing.cases_without(dataset.name, [[0], [1]]) == {"c"}
+
+
+def test_grids_are_told_in_plain_numbers():
+    of_numpy = {"spacing": np.array([3.0, 1.5]), "sitk_stuff": {"origin": np.array([0.0, 1.0]), "spacing": None}}
+    other = {"spacing": (np.float64(3), 1.5), "sitk_stuff": {"origin": (np.float32(0.5), 1)}}
+    said = geometry_difference("a", (4, 4), of_numpy, "b", (4, 4), other)
+    assert said == "b has origin (0.5, 1.0) and a (0.0, 1.0)"
+    assert geometry_difference("a", (4, 4), of_numpy, "b", (4, 4), of_numpy) == ""

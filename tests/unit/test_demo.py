@@ -15,6 +15,7 @@ from nnunet_multimodal.demo import data, steps
 from nnunet_multimodal.demo.picture import largest_slice
 from nnunet_multimodal.demo.report import (
     Score,
+    _results,
     format_table,
     list_structures,
     summarise,
@@ -281,6 +282,11 @@ def test_means_leave_out_what_is_not_there():
     assert "0.700     3.00" in text
     assert "without 1 infinite" in text
     assert typical_case({"CRNPTrainer": scores}) == "b"
+
+
+def test_the_cores_are_those_that_the_process_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 4, 5}, raising=False)
+    assert _results(settings("--out", tmp_path), [], {}, {})["machine"]["cores"] == 3
 
 
 def test_the_slice_shows_every_structure():

@@ -6,6 +6,7 @@ import pytest
 
 from nnunet_multimodal.metrics import overlaps
 from nnunet_multimodal.metrics.distribution import (
+    first_weights,
     generalized_energy_distance,
     sample_diversity,
     score_distribution,
@@ -246,3 +247,21 @@ def test_errors_name_the_value():
             generalized_energy_distance(a, a, (1,), valid=valid)
     with pytest.raises(ValueError, match="quantile is 95"):
         weighted_quantile(np.ones(2), np.ones(2), 95)
+
+
+def test_the_first_samples_of_an_expert_share_its_weight_again():
+    answers = [np.full((4, 4), k) for k in range(3)]
+    raters = np.stack(answers)
+    cycle, weights = [0, 1, 2], np.array([0.5, 0.25, 0.25])
+    groups = cycle * 3
+    samples = np.stack([answers[g] for g in groups])
+    each = weights[groups] / 3
+    scores = score_distribution(
+        samples[0], samples, raters, [1, 2], each, weights, first=(3, 4, 5), sample_groups=groups
+    )
+    for number in (3, 4, 5):
+        assert scores.first[number].average.generalized_energy_distance == pytest.approx(0, abs=1e-12)
+    alone = score_distribution(samples[0], samples, raters, [1, 2], each, weights, first=(4,))
+    assert alone.first[4].average.generalized_energy_distance > 0.01
+    np.testing.assert_allclose(first_weights(each, groups, 4), [0.25, 0.25, 0.25, 0.25])
+    np.testing.assert_allclose(first_weights(each, None, 4), np.array([2, 1, 1, 2]) / 6)

@@ -44,19 +44,24 @@ def save(file, array, **geometry):
     SimpleITK.WriteImage(image, str(file))
 
 
+def describe(pred, kind="labels", ending=".nii.gz", reader="SimpleITKIO"):
+    """dataset.json and plans.json of a folder of predictions."""
+    pred.mkdir(exist_ok=True)
+    description = {"labels": LABELS[kind], "channel_names": {"0": "T1"}, "numTraining": 3, "file_ending": ending}
+    description["regions_class_order"] = [1, 2]
+    (pred / "dataset.json").write_text(json.dumps(description))
+    plans = {"image_reader_writer": reader, "label_manager": "LabelManager", "configurations": {}}
+    (pred / "plans.json").write_text(json.dumps(plans))
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Three cases of every kind of labels: folders.write(kind), then folders.run(...)."""
     gt, pred, raters = tmp_path / "gt", tmp_path / "pred", tmp_path / "raters"
 
     def write(kind="labels", ending=".nii.gz", reader="SimpleITKIO", cases=("a", "b", "c")):
-        pred.mkdir(exist_ok=True)
+        describe(pred, kind, ending, reader)
         gt.mkdir(exist_ok=True)
-        description = {"labels": LABELS[kind], "channel_names": {"0": "T1"}, "numTraining": 3, "file_ending": ending}
-        description["regions_class_order"] = [1, 2]
-        (pred / "dataset.json").write_text(json.dumps(description))
-        plans = {"image_reader_writer": reader, "label_manager": "LabelManager", "configurations": {}}
-        (pred / "plans.json").write_text(json.dumps(plans))
         for seed, case in enumerate(cases):
             reference = blobs(seed)
             if "ignore" in kind:

@@ -13,8 +13,7 @@ import pytest
 from nnunet_multimodal.cli import main
 from nnunet_multimodal.errors import UserError
 from nnunet_multimodal.evaluate.parts import Parts
-from tests.nnunet import LABELS
-from tests.unit.test_evaluate import blobs, save
+from tests.unit.test_evaluate import blobs, describe, save
 
 CASES = "abcdefg"  # 7 cases: 3 parts of 3, 2, 2
 
@@ -23,11 +22,7 @@ CASES = "abcdefg"  # 7 cases: 3 parts of 3, 2, 2
 def folders(tmp_path):
     """A folder of predictions with something wrong in two cases: in the means of a part, and left out."""
     gt, pred = tmp_path / "gt", tmp_path / "pred"
-    pred.mkdir()
-    description = {"labels": LABELS["labels"], "channel_names": {"0": "T1"}, "numTraining": 7, "file_ending": ".nii.gz"}
-    (pred / "dataset.json").write_text(json.dumps(description))
-    plans = {"image_reader_writer": "SimpleITKIO", "label_manager": "LabelManager", "configurations": {}}
-    (pred / "plans.json").write_text(json.dumps(plans))
+    describe(pred)
     for seed, case in enumerate(CASES):
         save(gt / f"{case}.nii.gz", blobs(seed))
         save(pred / f"{case}.nii.gz", blobs(100 + seed))

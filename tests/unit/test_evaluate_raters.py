@@ -16,7 +16,7 @@ from nnunet_multimodal.evaluate.reliability import draw_reliability
 from nnunet_multimodal.metrics.calibration import expected_calibration_error, reliability_curve
 from nnunet_multimodal.raters.consensus import majority
 from tests.nnunet import LABELS
-from tests.unit.test_evaluate import EVALUATED, blobs, left_out, read, save
+from tests.unit.test_evaluate import EVALUATED, blobs, describe, left_out, read, save
 
 RATERS = ("jo", "kim", "lee")
 
@@ -27,13 +27,8 @@ def folders(tmp_path):
     gt, pred, raters = tmp_path / "gt", tmp_path / "pred", tmp_path / "raters"
 
     def write(kind="labels", cases="ab", samples=4):
-        pred.mkdir(exist_ok=True)
+        describe(pred, kind)
         gt.mkdir(exist_ok=True)
-        description = {"labels": LABELS[kind], "channel_names": {"0": "T1"}, "numTraining": 2, "file_ending": ".nii.gz"}
-        description["regions_class_order"] = [1, 2]
-        (pred / "dataset.json").write_text(json.dumps(description))
-        plans = {"image_reader_writer": "SimpleITKIO", "label_manager": "LabelManager", "configurations": {}}
-        (pred / "plans.json").write_text(json.dumps(plans))
         for seed, case in enumerate(cases):
             save(gt / f"{case}.nii.gz", blobs(seed))
             save(pred / f"{case}.nii.gz", blobs(100 + seed))

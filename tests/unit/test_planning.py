@@ -10,7 +10,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
 
-from nnunet_multimodal.backbones import BACKBONES
+from nnunet_multimodal.backbones import BACKBONES, ciml
 from nnunet_multimodal.heads import HEADS
 from nnunet_multimodal.losses import build_objective
 from nnunet_multimodal.network import MultimodalUNet
@@ -96,8 +96,9 @@ def peak(network, loss, num_modalities):
 
 
 @pytest.mark.parametrize("num_modalities", [2, 4, 8])
-def test_the_estimate_of_many_messages_is_near_a_steps_peak(num_modalities):
+def test_the_estimate_of_many_messages_is_near_a_steps_peak(monkeypatch, num_modalities):
     """Gates are run again in the backward pass, which what is kept from the forward pass does not show."""
+    monkeypatch.setitem(ciml.SLAB, "cpu", 2**12)  # beside maps as small as these
     labels = KINDS["2 classes"]
     stock = PlainConvUNet(num_modalities, num_classes=2, deep_supervision=False, **TOPOLOGY)
     network = MultimodalUNet(num_modalities, 2, backbone="ciml", **TOPOLOGY)

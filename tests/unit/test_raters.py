@@ -62,6 +62,16 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, names, weights, message)
         find_raters(tmp_path, ".nii.gz")
 
 
+def test_a_rater_with_another_ending_is_refused_by_name(tmp_path):
+    write(tmp_path, ["a__x"])
+    (tmp_path / "dataset.json").touch()
+    (tmp_path / "a__x.json").touch()  # nnU-Net's, beside a TIFF
+    assert list(find_raters(tmp_path, ".nii.gz")) == ["a"]
+    (tmp_path / "a__y.nrrd").touch()
+    with pytest.raises(UserError, match=r"a__y\.nrrd does not end in \.nii\.gz"):
+        find_raters(tmp_path, ".nii.gz")
+
+
 def test_a_table_with_other_columns_is_refused(tmp_path):
     write(tmp_path, ["a__x"])
     (tmp_path / "raters.csv").write_text("name,weight\n")

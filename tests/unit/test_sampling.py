@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nnunet_multimodal.inference.maps import MAPS, RunningMaps, expected_entropy, mutual_information, predictive_entropy
+from nnunet_multimodal.inference.predict import CaseWriter
 from nnunet_multimodal.inference.sampling import ImageDistribution, SamplePredictor
 from nnunet_multimodal.network import MultimodalUNet
 from tests.contracts import unet_kwargs
@@ -97,6 +98,19 @@ def test_mirroring_averages_the_mean_alone():
     mirrored, plain = (p.predict_distribution(image(), foreground) for p in (with_mirrors, without))
     torch.testing.assert_close(mirrored.mean, plain.mean, atol=TOLERANCE, rtol=0.01)
     assert torch.equal(mirrored.folds[0].cov_factor, plain.folds[0].cov_factor)
+
+
+@pytest.mark.parametrize("head", ["deterministic", "ssn", "mose"])
+def test_samples_depend_on_their_generator_alone(head):
+    """Not on torch's other random numbers, nor on whether kernels must be deterministic, which on CPUs all are."""
+    predictor = predictor_of(pointwise_network(head), (12, 16), folds=2, mirrors=(0, 1))
+    first = samples_of(predictor)
+    torch.manual_seed(7)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(samples_of(predictor), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_samples_of_a_mixture_have_no_seams():
@@ -198,3 +212,35 @@ def test_entropies_of_known_probabilities():
     assert mutual_information(certain).item() == pytest.approx(0.6931, abs=1e-4)
     assert mutual_information(half).item() == 0
     assert expected_entropy(half, regions=True).item() == pytest.approx(2 * 0.6931, abs=1e-4)
+
+
+def test_the_first_samples_are_of_all_folds_and_experts_in_turn():
+    predictor = predictor_of(pointwise_network("mose"), (12, 16), folds=3)
+    distribution = predictor.predict_distribution(image(), torch.ones((1, *IMAGE), dtype=torch.bool))
+    numbers = distribution.numbers(29)
+    assert sorted(numbers) == list(range(29))
+    assert numbers[:10] == list(range(0, 29, 3))  # the first fold's, which draw yields first
+    groups, weights = distribution.groups(29), distribution.weights(29)
+    assert sorted(groups[:12]) == list(range(12))
+    assert groups[:12] == groups[12:24]
+    assert [group // 4 for group in groups[:6]] == [0, 1, 2, 0, 1, 2]
+    assert sum(weights) == pytest.approx(1)
+    own = distribution.folds[1].expert_weights
+    shares = [sum(w for w, group in zip(weights, groups, strict=True) if group == 4 + k) for k in range(4)]
+    assert shares == pytest.approx((own / own.sum() * 10 / 29).tolist())
+
+
+def test_members_keep_their_numbers():
+    predictor = predictor_of(pointwise_network("deterministic"), (12, 16), folds=2)
+    assert predictor.predict_distribution(image(), torch.ones(IMAGE, dtype=torch.bool)).numbers(2) == [0, 1]
+
+
+def test_samples_of_a_case_whose_name_goes_on_are_left_alone(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for stem in ("P1__000", "P1__001", "P1__1000", "P1__0__000", "P1__x"):
+        (tmp_path / "samples" / f"{stem}.nii.gz").touch()
+    writer = SimpleNamespace(output=tmp_path, ending=".nii.gz")
+    found = {name: CaseWriter.files(writer, SimpleNamespace(name=name))["samples"] for name in ("P1", "P1__0", "P[1]")}
+    assert [path.name[:-7] for path in found["P1"]] == ["P1__000", "P1__001", "P1__1000"]
+    assert [path.name[:-7] for path in found["P1__0"]] == ["P1__0__000"]
+    assert not found["P[1]"]

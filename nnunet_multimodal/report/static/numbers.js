@@ -45,18 +45,24 @@ function tableOf(caption, heads, rows) {
 }
 
 // ---- volumes ------------------------------------------------------------------------------------------------------
-function volumePicture(v, reference, raters, most) {
+function volumePicture(v, sampled, reference, raters, most) {
   const [left, width, y] = [8, 230, 12];
   const x = (value) => left + (value / most) * width;
   const chart = svg("svg", { class: "interval", viewBox: `0 0 ${width + 2 * left} 24`, width: width + 2 * left, "aria-hidden": "true" });
-  chart.append(svg("line", { x1: x(v["p2.5"]), x2: x(v["p97.5"]), y1: y, y2: y, stroke: "#56b4e9", "stroke-width": 7 }),
-    svg("line", { x1: x(v.p50), x2: x(v.p50), y1: y - 6, y2: y + 6, stroke: "#0072b2", "stroke-width": 2 }),
-    svg("circle", { cx: x(v.prediction), cy: y, r: 5, fill: "#d55e00", stroke: "#fff" }));
+  if (sampled) {
+    chart.append(svg("line", { x1: x(v["p2.5"]), x2: x(v["p97.5"]), y1: y, y2: y, stroke: "#56b4e9", "stroke-width": 7 }),
+      svg("line", { x1: x(v.p50), x2: x(v.p50), y1: y - 6, y2: y + 6, stroke: "#0072b2", "stroke-width": 2 }));
+  }
+  if (known(v.prediction)) chart.append(svg("circle", { cx: x(v.prediction), cy: y, r: 5, fill: "#d55e00", stroke: "#fff" }));
   for (const own of raters.filter(known)) chart.append(svg("circle", { cx: x(own), cy: y, r: 3.5, fill: "none", stroke: "#000", "stroke-width": 1.5 }));
   if (known(reference)) {
     chart.append(svg("path", { d: `M ${x(reference)} ${y - 7} l 6 7 l -6 7 l -6 -7 z`, fill: "none", stroke: "#000", "stroke-width": 2 }));
   }
   return chart;
+}
+
+function dash(why) {
+  return Object.assign(document.createElement("span"), { textContent: "–", title: why });
 }
 
 function volumeTable(own, names) {
@@ -72,9 +78,9 @@ function volumeTable(own, names) {
   return tableOf(`Volumes in ${data.unit}; bar: 95 % of the samples, line: median, ● prediction, ◇ reference${rated ? ", ○ raters" : ""}.`,
     heads, rows.map(([name, label]) => {
       const v = label[key];
-      const sampled = own.samples > 1;
-      return [name, volumePicture(v, own.references[name], ratersOf(name), most), fixed(v.prediction, digits),
-        sampled ? fixed(v.p50, digits) : "–", sampled ? `${fixed(v["p2.5"], digits)} to ${fixed(v["p97.5"], digits)}` : "–",
+      const sampled = !own.no_interval[name];
+      return [name, volumePicture(v, sampled, own.references[name], ratersOf(name), most), fixed(v.prediction, digits),
+        sampled ? fixed(v.p50, digits) : "–", sampled ? `${fixed(v["p2.5"], digits)} to ${fixed(v["p97.5"], digits)}` : dash(own.no_interval[name]),
         fixed(own.references[name], digits), ...(rated ? [ratersOf(name).map((value) => fixed(value, digits)).join(", ")] : []),
         fixed(label.lesion_count?.prediction, 0)];
     }));

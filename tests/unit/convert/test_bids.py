@@ -103,12 +103,30 @@ def test_a_pickle_of_a_stranger_is_not_loaded(tree, raw, tmp_path):
         (("--derivatives", "none"), r"none is not a folder; --derivatives names one"),
         ((), r"--derivatives is needed here"),
         (("--derivatives", "masks", "--channels", "DWI=dwi"), r"no training case|lacks any image"),
+        (
+            ("--derivatives", "masks", "--channels", "A=T1w:ce-GD:run-1", "B=T1w:run-01:ce-gd"),
+            r"--channels: A and B are the same files",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(tree, raw, flags, message):
     with pytest.raises(UserError, match=message):
         convert("bids", tree, *FLAGS, "--label-pattern", "dseg:label-lesion", *flags)
     assert not list(raw.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "entity"),
+    [
+        ("sub-ALS-2/anat/sub-ALS-2_FLAIR.nii", "sub-ALS"),
+        ("sub-03/ses-pre-op/anat/sub-03_ses-pre-op_FLAIR.nii", "ses-pre"),
+    ],
+)
+def test_names_that_are_read_in_part_are_refused(tree, raw, file, entity):
+    """ancpbids takes sub-ALS-2 for sub-ALS."""
+    nifti(tree / file, image())
+    with pytest.raises(UserError, match=rf"{file}: ancpbids reads {entity}: BIDS has letters and digits alone"):
+        convert("bids", tree, *FLAGS, "--derivatives", "masks", "--label-pattern", "dseg:label-lesion")
 
 
 def test_kinds():

@@ -165,6 +165,14 @@ def test_2024_with_the_resection_cavity(tmp_path, raw, result):
     data.verify()
 
 
+def test_label_4_can_be_ignored(tmp_path, raw, result):
+    write_case(tmp_path / "d", "BraTS-GLI-00001-100", 1, 2, 3, 4, parts=NEW, separator="-")
+    convert("brats", tmp_path / "d", "--dataset-id", 24, "--labels", "ignore=4")
+    manager = LabelManager(result().description["labels"], result().description["regions_class_order"])
+    assert (manager.foreground_regions, manager.ignore_label) == ([(1, 2, 3), (1, 3), 3], 4)
+    result().verify()
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

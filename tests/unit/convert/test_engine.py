@@ -2,6 +2,12 @@
 
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -11,7 +17,10 @@ from nibabel.processing import resample_to_output
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 from nnunet_multimodal.datasets import engine
+from nnunet_multimodal.datasets.engine import half_written
+from nnunet_multimodal.doctor import cpu_cores
 from nnunet_multimodal.errors import UserError
+from tests.documented import ROOT
 from tests.unit.convert.trees import AFFINE, SHAPE, convert, image, label_map, nifti
 
 FLAGS = (
@@ -256,7 +265,93 @@ def test_a_grid_of_another_name_is_refused(source, raw):
         run(source, "--resample", "MR")
 
 
+def test_a_case_without_the_channel_of_the_grid_has_remedies(source, raw, result):
+    (source / "b_ct.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"b: has no CT, .*; plain --resample takes .* and --incomplete drop leaves"):
+        run(source, "--resample", "CT", "--incomplete", "keep")
+    run(source, "--resample", "--incomplete", "keep")
+    assert result().is_placeholder("imagesTr/b_0000")
+
+
 # --- interruptions
+
+STALLED = Path(__file__).with_name("stalled_worker.py")
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+
+
+def start_stalled(source, raw):
+    """A conversion in two processes, both of which have begun to copy and do not end."""
+    command = ("convert", "pattern", source, "--dataset-id", "5", *FLAGS, "-np", "2")
+    process = subprocess.Popen(
+        [sys.executable, STALLED, *command], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and len(list(raw.glob(".*/dataset/*/*"))) < min(2, cpu_cores()):
+        time.sleep(0.05)
+    return process
+
+
+@posix
+def test_a_termination_leaves_neither_files_nor_processes(source, raw):
+    process = start_stalled(source, raw)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)  # until all of its processes have closed it
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert not list(raw.iterdir())
+
+
+@posix
+def test_a_kill_leaves_no_processes_and_the_next_conversion_removes_its_files(source, raw, result):
+    process = start_stalled(source, raw)
+    with pytest.raises(UserError, match=r"another conversion to Dataset005 is running \(.*\.Dataset005.lock is held\)"):
+        run(source)
+    assert list(raw.glob(".*/dataset/*/*"))
+    process.kill()
+    process.communicate(timeout=120)
+    assert sorted(path.name for path in raw.iterdir()) == [".Dataset005.lock", ".Dataset005.part"]
+    run(source)
+    result().verify()
+
+
+@posix
+def test_signals_that_are_ignored_stay_ignored(tmp_path):
+    """nohup."""
+    before = [signal.getsignal(kind) for kind in (signal.SIGHUP, signal.SIGTERM)]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with half_written(tmp_path / "x"):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for kind, handler in zip((signal.SIGHUP, signal.SIGTERM), before, strict=True):
+            signal.signal(kind, handler)
+
+
+def test_a_file_system_without_locks_is_said(source, raw, result, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run(source)
+    assert "raw has no locks ([Errno 38] Function not implemented): see to it that no" in capsys.readouterr().err
+    result().verify()
+
+
+def test_a_file_system_without_links_is_an_error(source, raw, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(engine.os, "link", refuse)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(
+        UserError, match=r"--link: .*a_0000.nii.gz cannot be a link to .*a_ct.nii.gz .*leave out --link"
+    ):
+        run(source, "--link")
+    assert not list(raw.iterdir())
 
 
 def test_an_interrupted_conversion_leaves_nothing(source, raw, monkeypatch):

@@ -125,6 +125,18 @@ def test_arrays(tmp_path, raw, result, capsys, image, masks, case, kind):
     data.verify()
 
 
+@pytest.mark.parametrize(("kind", "kind_of_masks"), [(">i2", ">i4"), (">f4", "u1"), ("<i8", ">f8"), ("f2", "<u2")])
+def test_arrays_of_other_byte_orders_and_with_an_axis_of_channels(tmp_path, raw, result, kind, kind_of_masks):
+    save(tmp_path / "d" / "images" / "a.npy", crop(3, np.dtype(kind))[..., None])
+    for rater in range(4):
+        save(tmp_path / "d" / "labels" / f"a_{rater:02d}_mask.npy", mask(rater, 1, np.dtype(kind_of_masks)))
+    convert("lidc", tmp_path / "d", "--dataset-id", 30)
+    np.testing.assert_array_equal(read(result().folder, "imagesTr/a_0000.nii.gz"), crop(3, np.dtype(kind)))
+    for rater in range(4):
+        np.testing.assert_array_equal(read(result().folder, f"ratersTr/a__{rater}.nii.gz"), mask(rater, 1))
+    result().verify()
+
+
 def test_a_colour_image_and_a_grey_mask_of_probabilities_are_refused(tmp_path, raw):
     folder = tmp_path / "d" / "LIDC-IDRI-0001" / "nodule-0"
     save(folder / "images" / "slice-0.png", np.stack([crop(0), crop(1), crop(2)], -1))

@@ -85,5 +85,18 @@ def test_what_is_wrong_is_named_and_nothing_is_written(task, raw, spoil, message
 
 
 def test_another_folder_is_refused(tmp_path, raw):
-    with pytest.raises(UserError, match=r"must be called as in the download, such as Task01_BrainTumour"):
-        convert("msd", tmp_path, "--dataset-id", 101)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"other: it is called 'other'; .* as in the download, such as Task01_Brain"):
+        convert("msd", tmp_path / "other", "--dataset-id", 101)
+
+
+def test_the_name_is_that_which_is_given(task, raw, result, monkeypatch):
+    """A link's own, not that of the folder that it leads to."""
+    task.rename(task.with_name("data"))
+    (task.parent / "Task01_Link").symlink_to(task.with_name("data"))
+    monkeypatch.chdir(task.parent / "data")
+    with pytest.raises(UserError, match=r"\.: it is called 'data'"):
+        convert("msd", ".", "--dataset-id", 101)
+    convert("msd", "../Task01_Link/", "--dataset-id", 101)
+    assert result().folder.name == "Dataset101_Link"
+    result().verify()

@@ -1,5 +1,6 @@
+import os
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import SimpleITK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from PIL import Image
 
 from nnunet_multimodal.datasets.base import (
@@ -217,6 +219,8 @@ def test_a_png_has_no_grid(tmp_path, raw, result):
         (("--pattern", "{case}.nii.gz", "--labels", "a=one"), r"'one' is not a whole number"),
         (("--pattern", "{case}.nii.gz", "--channels", "A=", "B"), r"--channels 'A=': give NAME=TEXT"),
         (("--pattern", "*{case}*", "--channels", "A"), r"two files are its image A"),
+        (("--pattern", "{case}_{channel}", "--channels", "A=mr", "B=MR"), r"--channels B=MR: A has this text"),
+        (("--pattern", "{case}.nii.gz", "--labels", "ignore=5"), r"--labels ignore=5: nothing to learn"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(tmp_path, raw, flags, message):
@@ -224,6 +228,90 @@ def test_flags_that_do_not_fit_are_refused(tmp_path, raw, flags, message):
     with pytest.raises(UserError, match=message):
         convert("pattern", tmp_path / "d", "--dataset-id", 7, "--channels", "MR", "--labels", "lesion=1", *flags)
     assert not list(raw.iterdir())
+
+
+# --- names
+
+FOLDERS = ("--pattern", "{case}/mr.nii.gz", "--label-pattern", "{case}/by_{rater}.nii.gz", "--channels", "MR")
+
+
+def convert_folders(folder, *files, more=()):
+    write(folder, *(file for file in files if file.endswith("mr.nii.gz")))
+    write(folder, *(file for file in files if not file.endswith("mr.nii.gz")), array=label_map(1))
+    return convert("pattern", folder, "--dataset-id", 7, *FOLDERS, "--labels", "lesion=1", *more)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("Москва/mr.nii.gz",), r"d/Москва/mr.nii.gz: case 'Москва' has no letter or digit of ASCII; rename"),
+        (("-/mr.nii.gz",), r"case '-' has no letter"),
+        (("a/mr.nii.gz", "a/by_Анна.nii.gz"), r"d/a/by_Анна.nii.gz: rater 'Анна' has no letter or digit"),
+        (
+            ("Müller/mr.nii.gz", "Mäller/mr.nii.gz"),
+            r"cases 'Mäller' \(.*d/Mäller/mr.nii.gz\) and 'Müller' \(.*\) would both be called M_ller; rename one",
+        ),
+        (("Киев 1/mr.nii.gz", "Москва 1/by_a.nii.gz"), r"'Киев 1' .* and 'Москва 1' .* would both be called 1;"),
+        (
+            ("a/mr.nii.gz", "a/by_Jörg.nii.gz", "b/mr.nii.gz", "b/by_J rg.nii.gz"),
+            r"raters 'Jörg' .* and 'J rg' .* J_rg;",
+        ),
+    ],
+)
+def test_names_that_nnunet_cannot_have_or_that_become_one_are_refused(tmp_path, raw, files, message):
+    with pytest.raises(UserError, match=message):
+        convert_folders(tmp_path / "d", *files)
+    assert not list(raw.iterdir())
+
+
+def test_names_become_nnunets(tmp_path, raw, result):
+    """Capitals make no difference, and a foreign name that is the only one of its letters is kept."""
+    convert_folders(
+        tmp_path / "d", "Müller 1/mr.nii.gz", "Müller 1/by_Eva B.nii.gz", "b/mr.nii.gz", "B/by_eva b.nii.gz"
+    )
+    (rater,) = {name.split("__")[1] for name in result().names("ratersTr")}
+    assert rater.lower() == "eva_b.nii.gz"
+    assert [name.lower() for name in result().names("labelsTr")] == ["b.nii.gz", "m_ller_1.nii.gz"]
+
+
+def test_both_of_two_files_are_shown_from_the_same_place(tmp_path, raw, monkeypatch):
+    write(tmp_path / "d", "x/a_mr.nii.gz", "y/a_mr.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    flags = ("--pattern", "*/{case}_mr.nii.gz", "--channels", "MR", "--labels", "lesion=1")
+    with pytest.raises(UserError, match=r"^a: two files are its image MR: d/x/a_mr.nii.gz and d/y/a_mr.nii.gz; move"):
+        convert("pattern", "d", "--dataset-id", 7, *flags)
+
+
+@pytest.mark.parametrize("name", [b"M\xfcller.nii.gz", b"M\xfcller/by_a.nii.gz"])
+def test_names_that_are_not_utf_8_are_refused(tmp_path, name):
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d/" + name))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(UserError, match=r"M\\udcfcller.*a name that is not UTF-8; rename it, or .*convmv"):
+        list_files(tmp_path / "d")
+
+
+def test_a_data_set_is_called_as_the_folder_is_given(tmp_path, raw):
+    files = ("a/mr.nii.gz", "a/by_eva.nii.gz")
+    (tmp_path / "mine").symlink_to(tmp_path / "Данные")
+    with pytest.raises(UserError, match=r"Данные: its name has no letter or digit of ASCII; name the data set with"):
+        convert_folders(tmp_path / "Данные", *files)
+    convert_folders(tmp_path / "mine", *files)
+    assert [folder.name for folder in raw.iterdir()] == ["Dataset007_mine"]
+
+
+def test_ignored_voxels_have_the_highest_label(tmp_path, raw, result):
+    """As nnU-Net demands; with raters, whose majority may be to ignore."""
+    for rater in ("anna", "ben", "eva"):
+        write(tmp_path / "d", f"a/by_{rater}.nii.gz", array=label_map(5, 1, 2))
+    convert_folders(tmp_path / "d", "a/mr.nii.gz", more=("--labels", "ignore=5", "t=1", "u=2"))
+    labels = result().description["labels"]
+    assert labels == {"background": 0, "t": 1, "u": 2, "ignore": 3}
+    assert LabelManager(labels, None).ignore_label == 3
+    np.testing.assert_array_equal(result().array("labelsTr/a"), label_map(3, 1, 2))
 
 
 # --- what holds whatever the names and values

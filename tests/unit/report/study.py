@@ -25,6 +25,7 @@ SHAPE, SPACING_MM = (6, 10, 12), (2.0, 1.5, 1.0)  # (Z, Y, X)
 CHANNELS = ("CT", "PET")
 TRAINER = "SSNTrainer_3epochs"
 LOG = """
+2026-11-21 15:02:47.100000: Started with: {"versions": {"nnunet-multimodal": "0.0.1", "nnunetv2": "2.8.0"}, "command": ["nnUNetv2_train", "7", "3d_big", "0", "-pretrained_weights", "/home/me/start.pth"]} 
 This is the configuration used by this training:
 2026-11-21 15:02:47.276726: Epoch 0 
 2026-11-21 15:02:47.276837: Current learning rate: 0.01 
@@ -42,7 +43,7 @@ This is the configuration used by this training:
 2026-11-21 15:11:03.527145: Epoch time: 20.0 s 
 2026-11-21 15:11:04.997690: Epoch 2 
 2026-11-21 15:11:04.997810: Current learning rate: 0.00849 
-"""  # noqa: W291  (nnU-Net's lines end in a space)
+"""  # noqa: E501, W291  (nnU-Net's lines end in a space)
 DATASET = {
     "channel_names": dict(zip("01", CHANNELS, strict=True)),
     "labels": {"background": 0, LABEL: 1},
@@ -71,6 +72,19 @@ PLANS = {
         "3d_big": {"inherits_from": "3d_fullres", "batch_size": 4, "nnunet_multimodal": {"ssn": {"rank": 7}}},
     },
 }
+
+IDENTITY = {
+    "model": f"Dataset007_Study/{TRAINER}__nnUNetPlans__3d_big",
+    "checkpoints": [["fold_0/checkpoint_final.pth", 12_345_678, 1_764_000_000]],
+    "step_size": 0.5,
+    "mirroring": True,
+}
+
+
+def made(*command):
+    """What our commands write down of themselves."""
+    versions = {"python": "3.11.1", "nnunet-multimodal": "0.0.1", "nnunetv2": "2.8.0", "torch": "2.8.0"}
+    return {"versions": versions, "command": ["nnunet-multimodal", *command]}
 
 
 def save(file, array, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)):
@@ -104,7 +118,7 @@ def write_predictions(folder, cases=CASES, samples=3):
             "case": case, "samples": samples, "sample_weights": None, "samples_wanted": samples, "seed": 5,
             "temperature": 1.0, "class_scale": [], "compact": False, "drop": [], "drawn_from": "distribution",
             "trainer": TRAINER, "absent": ["PET"] if index == 2 else [], "spacing": list(SPACING_MM),
-            "labels": quantities.summary(prediction),
+            "labels": quantities.summary(prediction), **IDENTITY, "made": made("predict", "-i", "/home/me/images"),
         }  # fmt: skip
         (folder / f"{case}.json").write_text(json.dumps(summary))
         probabilities = np.stack([1 - 0.9 * prediction, 0.9 * prediction]).astype(np.float32)
@@ -167,6 +181,14 @@ def write_subsets(folder):
     ]
     scores = summarise(measured, Scores(("A_5epochs", "B_5epochs"), "A_5epochs", CHANNELS, (1,), (LABEL,)))
     (folder / "subsets.csv").write_text(as_csv(scores))
+    for model, step in (("A_5epochs", 0.5), ("B_5epochs", 0.25)):
+        own = f"/home/me/Dataset007/{model}"
+        checkpoints = [[f"{own}/fold_0/checkpoint_final.pth", 2_000_000, 1_764_000_000]]
+        identity = {"folder": own, "checkpoints": checkpoints, "step_size": step, "mirroring": False}
+        (folder / model).mkdir()
+        (folder / model / "model.json").write_text(json.dumps(identity))
+    note = {"baseline": "A_5epochs", "made": made("evaluate", "--all-subsets", r"C:\Users\me\labelsTs")}
+    (folder / "provenance.json").write_text(json.dumps(note))
     return scores
 
 
@@ -181,6 +203,8 @@ def write_explained(folder):
         writer.writerow(("case_2", "CT", LABEL, 0.3, 0.1, 0.75, 0.5, 0.5))
         writer.writerow(("case_1", "PET", LABEL, 0.3, 0.3, 0, "", ""))
         writer.writerow(("case_10", "1", LABEL, "", "", 0.5, "", ""))  # a modality whose name is a number
+    note = {**IDENTITY, "attribution": None, "steps": 20, "made": made("explain", "-o=/home/me/explained/")}
+    (folder / "provenance.json").write_text(json.dumps(note))
     save(folder / "complementary" / "case_1_CT_core_from_PET.nii.gz", np.full(SHAPE, 0.5, np.float32))
 
 

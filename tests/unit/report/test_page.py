@@ -93,7 +93,7 @@ class TestPage:
             if heading in row:
                 assert row[heading] == pytest.approx(table.loc[("case_1", LABEL), column])
         means = WellFormed(text).text
-        for column in ("rater_Dice", "interrater_Dice", "M_IoU", "volume_CRPS"):
+        for column in ("rater_Dice", "interrater_Dice", "M_IoU"):
             assert f"{table.loc[('mean', LABEL), column]:.3f}" in means
         assert "raters' own: Dice of the raters with one another" in means
 
