@@ -166,7 +166,7 @@ class Segmentor(nn.Module):
         features = topology.features_per_stage
         self.encoder: Any = topology.build_encoder(input_channels)
         count = len(features) if num_messages else 0
-        self.gates = nn.ModuleList(
+        self.gates: Any = nn.ModuleList(
             InformationGate(topology, num_messages, f, attention, variational) for f in features[:count]
         )
         self.reductions = nn.ModuleList(topology.conv_op(2 * f, f, 1) for f in features[:count])
@@ -205,9 +205,8 @@ class Segmentor(nn.Module):
         A gate has several feature maps for each message, half of them in single precision, and is quick to run again.
         But for the attention all of it is voxel by voxel, so that the maps of a slab at a time are enough.
         """
-        attend: Any = self.gates[stage].attend
         again = partial(checkpoint, use_reentrant=False)
-        weights = again(attend, own, present, *messages)
+        weights = again(self.gates[stage].attend, own, present, *messages)
         elements = len(messages) * math.prod(own[:, :, :1].shape)
         size = max(1, SLAB.get(own.device.type, SLAB["cpu"]) // elements)
         split = [tensor.split(size, 2) for tensor in (own, *messages)]
