@@ -56,7 +56,9 @@ def main() -> None:
     p.add_argument("--again", action="store_true", help="also what passed before")
     args = p.parse_args()
     file = args.out / "nnunet_suite.json"
-    done = json.loads(file.read_text())["trainers"] if file.is_file() and not args.again else {}
+    done = json.loads(file.read_text())["trainers"] if file.is_file() else {}
+    if args.again:
+        done = {trainer: cells for trainer, cells in done.items() if trainer not in args.trainers}
     for trainer in args.trainers:
         missing = [(trainer, k) for k in LABELS if done.get(trainer, {}).get(k, {}).get("outcome") != "passed"]
         if missing:
