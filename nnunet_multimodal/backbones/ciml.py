@@ -25,8 +25,8 @@ Deviations from the paper, each with its reason:
 - An absent modality's segmentor neither sends nor predicts. A region all of whose segmentors are absent is predicted by
   all that are there; in training too, so it is learnt wherever training cases lack modalities (``CIMLModalityDropout``)
   and is a guess elsewhere.
-- Segmentors run one after the other: on a CPU all at once, as grouped convolutions, is between 1 % faster and 7 %
-  slower in training (``benchmarks/ciml_cost.py``; not measured on a GPU). Gates run twice in training, a slab of voxels
+- Segmentors run one after the other: on a CPU all at once, as grouped convolutions, is between 9 % faster and
+  16 % slower in training (``benchmarks/ciml_cost.py``; not measured on a GPU). Gates run twice in training, a slab of voxels
   at a time: what they make for every message of every segmentor is not kept but made again in the backward pass.
 """
 
