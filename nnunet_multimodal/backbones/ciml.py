@@ -26,8 +26,9 @@ Deviations from the paper, each with its reason:
   all that are there; in training too, so it is learnt wherever training cases lack modalities (``CIMLModalityDropout``)
   and is a guess elsewhere.
 - Segmentors run one after the other: on a CPU all at once, as grouped convolutions, is between 9 % faster and
-  16 % slower in training (``benchmarks/ciml_cost.py``; not measured on a GPU). Gates run twice in training, a slab of voxels
-  at a time: what they make for every message of every segmentor is not kept but made again in the backward pass.
+  16 % slower in training (``benchmarks/ciml_cost.py``; not measured on a GPU). Gates run twice in training, a slab of
+  voxels at a time: what they make for every message of every segmentor is not kept but made again in the backward
+  pass.
 """
 
 from __future__ import annotations
