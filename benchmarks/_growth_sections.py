@@ -47,9 +47,10 @@ def cost_growth(result: Result, table: Table) -> str:
     text += [
         "",
         f"Above linear (time or memory, exponent over {result['linear']}). CIML: every segmentor hears all others; its",
-        "terms stand above. CRNP in 2D: every position of the bottleneck attends to every other one, so that both",
-        "grow with the square of its positions, of which three stages leave as many as 64 x 64. nnU-Net's plans",
-        "leave 4 to 8 a side.",
+        "terms stand above. CRNP in 2D: every position of the bottleneck attends to every other one, so that time",
+        "grows with the square of its positions, of which three stages leave as many as 64 x 64, and so does memory",
+        "where torch has no fused attention (2.13: exponents 1.7 and 1.8; 2.14: none). nnU-Net's plans leave 4 to 8 a",
+        "side. Times were taken beside other work.",
         "",
     ]
     return "\n".join([*text, *(above or ["nothing."])])
