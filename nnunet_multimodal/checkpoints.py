@@ -97,8 +97,8 @@ def refuse_code(file: str | os.PathLike) -> None:
             "any code; if you trust where it comes from, use nnUNetv2_predict"
         )
     try:
-        with _whole(file):
-            pickled = torch._C.PyTorchFileReader(str(file)).get_record("data.pkl")
+        with _whole(file), open(file, "rb") as opened:  # torch's own opening of a path wants it to be UTF-8
+            pickled = torch._C.PyTorchFileReader(opened).get_record("data.pkl")
             _InertUnpickler(io.BytesIO(pickled), encoding="utf-8").load()
     except _NotNumbersError as error:
         raise UserError(

@@ -54,7 +54,7 @@ def in_parallel(function: Callable[..., Any], items: Sequence[tuple], processes:
         raise UserError(
             f"{name}: one of {processes} processes was ended from outside, as where memory is short; give a smaller -np"
         ) from error
-    except (SystemExit, KeyboardInterrupt):  # nobody waits for what they are at
+    except (SystemExit, KeyboardInterrupt, GeneratorExit):  # nobody waits for what they are at
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()
         raise

@@ -215,7 +215,8 @@ class MultimodalPlannerMixin(ExperimentPlanner):
     ):
         """Feature map elements of our network for a patch, with what stands for its further encoders' parameters.
 
-        nnU-Net builds the network for every patch that it considers; here without memory and initial weights.
+        These are shared out over nnU-Net's reference batch (2 in 3D, 12 in 2D), for which alone they are exact. nnU-Net
+        builds the network for every patch that it considers; here without memory and initial weights.
         """
         # nnU-Net counts labels, which are more than the regions
         if BACKBONES[self.backbone].PREDICTS or HEADS[self.head].STOCHASTIC:

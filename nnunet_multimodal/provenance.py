@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_multimodal.doctor import installed_version
+from nnunet_multimodal.files import write_json
 
-FILE = "provenance.json"  # of results that have no JSON of their own
-STARTED = "Started with: "  # in nnU-Net's training log, then JSON; once for every start of a training
+FILE = "provenance_{command}.json"  # of results that have no JSON of their own
+STARTED = "Started with: "  # in nnU-Net's training log, then JSON; for every start of a training
 PACKAGES = ("nnunet-multimodal", "nnunetv2", "torch")
 OF_PACKAGE = ("__main__.py", "nnunet_multimodal")  # python -m nnunet_multimodal
 OF_NNUNET = re.compile(r"nnUNetv2_\w+")
@@ -22,6 +23,11 @@ def made() -> dict[str, Any]:
     """``versions`` by package, and ``command``: its words, None if no command of ours or nnU-Net's is running."""
     versions = {name: found for name in PACKAGES if (found := installed_version(name))}
     return {"versions": {"python": platform.python_version(), **versions}, "command": running_command()}
+
+
+def note(folder: Path, command: str, **settings: Any) -> None:
+    """Leave beside a command's results what made them."""
+    write_json(folder / FILE.format(command=command), {**settings, "made": made()})
 
 
 def running_command() -> list[str] | None:

@@ -161,6 +161,8 @@ def wrapped_for(device: torch.device) -> Iterator[None]:
 def kernels(deterministic: bool) -> Iterator[None]:
     """Deterministic kernels where there are some, torch warns where not; or, as in nnU-Net, the fastest of cuDNN.
 
+    nnU-Net's predictor, so its validation at the end, times cuDNN's kernels again and takes the fastest of these.
+
     Afterwards all is as before.
     """
     fastest, repeatable = cudnn.benchmark, cudnn.deterministic

@@ -26,7 +26,7 @@ from nnunet_multimodal.evaluate.report import format_left_out
 from nnunet_multimodal.evaluate.subset_report import Measured, Scores, as_csv, as_markdown, case_csv, draw, summarise
 from nnunet_multimodal.files import write_json, write_text
 from nnunet_multimodal.inference.base import Case, ModelPredictor, check_part, model_folder
-from nnunet_multimodal.provenance import FILE, made
+from nnunet_multimodal.provenance import note
 
 Subset = tuple[int, ...]
 MAX_MODALITIES = 8  # 255 predictions of each case
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     write_text(output / "subsets.md", table)
     draw(scores, output / "subsets.png")
     of_models = {model.name: model.predictor.identity() for model in models}
-    write_json(output / FILE, {"models": of_models, "baseline": baseline, "made": made()})
+    note(output, "evaluate", models=of_models, baseline=baseline)
     print(f"\n{table}\n{format_left_out(left_out)}written: {output}/subsets.csv, subsets_cases.csv, .md, .png")
     return 0
 

@@ -38,7 +38,7 @@ from nnunet_multimodal.explain.attribution import METHODS, AttributionPredictor
 from nnunet_multimodal.explain.complementary import ComplementaryPredictor, Pair, has_complementary_information
 from nnunet_multimodal.explain.leave_out import leave_each_out, predict_case
 from nnunet_multimodal.explain.sheet import Sheet, draw_sheet, draw_weights
-from nnunet_multimodal.files import write_json, write_text
+from nnunet_multimodal.files import write_text
 from nnunet_multimodal.images import geometry_difference
 from nnunet_multimodal.inference.base import (
     Case,
@@ -51,7 +51,7 @@ from nnunet_multimodal.inference.base import (
 )
 from nnunet_multimodal.inference.uncertainty import UncertaintyPredictor
 from nnunet_multimodal.network import MultimodalUNet, unwrap
-from nnunet_multimodal.provenance import FILE, made
+from nnunet_multimodal.provenance import note
 
 DEFAULT_TOLERANCE_MM = 1.0  # of a measure that is not used here
 AVERAGE = "mean"
@@ -251,7 +251,7 @@ class Explainer:
     def finish(self) -> None:
         """The means over the cases, and what all this was made with."""
         attribution = {"attribution": self.args.attribution, "steps": self.args.steps}
-        write_json(self.output / FILE, {**self.predictor.identity(), **attribution, "made": made()})
+        note(self.output, "explain", **self.predictor.identity(), **attribution)
         if self.complementary is None:
             return
         rows: list[WeightRow] = [WeightRow(*row) for row in self.weights.rows]

@@ -202,8 +202,10 @@ class CaseWriter:
     def settings(self) -> dict[str, Any]:
         """What the results depend on, besides the case."""
         args = self.args
+        several = args.compact or len(self.predictor.list_of_parameters) > 1
         return {
             **self.predictor.identity(),
+            **({"numbered": "folds in turn"} if several else {}),  # folders of earlier versions are not gone on with
             "samples_wanted": args.samples,
             "seed": args.seed,
             "temperature": args.temperature,

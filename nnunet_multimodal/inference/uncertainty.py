@@ -27,7 +27,7 @@ from nnunet_multimodal.inference.base import (
     write_map,
 )
 from nnunet_multimodal.network import MultimodalUNet, unwrap
-from nnunet_multimodal.provenance import FILE, made
+from nnunet_multimodal.provenance import note
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         for modality, uncertainty in enumerate(maps):
             write_map(uncertainty, case.first_image, properties, output / f"{case.name}_{modality:04d}.nii.gz")
     write_json(output / "uncertainty.json", scores)
-    write_json(output / FILE, {**predictor.identity(), "made": made()})
+    note(output, "uncertainty", **predictor.identity())
     return 0
 
 

@@ -17,7 +17,7 @@ from nnunet_multimodal.images import check_labels, geometry_difference, read_seg
 FOLDER, WEIGHTS = "ratersTr", "raters.csv"
 COLUMNS = ["case", "rater", "weight"]
 SEPARATOR = "__"
-PROPERTIES = ".json"  # beside an image, such as nnU-Net's spacing of a TIFF
+BESIDE = (".json", ".npz", ".pkl", ".csv", ".txt", ".md")  # what nnU-Net writes beside label maps, tables and notes
 
 
 class Rater(NamedTuple):
@@ -39,7 +39,7 @@ def find_raters(folder: Path, ending: str) -> dict[str, list[Rater]]:
         if file.name.startswith(".") or not file.is_file():
             continue
         if not file.name.endswith(ending):
-            if SEPARATOR in file.name and file.suffix != PROPERTIES:
+            if SEPARATOR in file.name and file.suffix not in BESIDE:
                 raise UserError(
                     f"{file} does not end in {ending}, as the dataset's files do, and so would be no rater; convert "
                     "it, or move it out of the folder"

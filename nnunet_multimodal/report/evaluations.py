@@ -194,17 +194,18 @@ def read_subsets(file: Path, name: str) -> Subsets:
         name,
         tuple(cells),
         {model: read_json(own) if own.is_file() else {} for model, own in identities.items()},
-        read_provenance(file.parent),
+        read_provenance(file.parent, "evaluate"),
     )
 
 
-def read_provenance(folder: Path) -> dict[str, Any]:
+def read_provenance(folder: Path, command: str) -> dict[str, Any]:
     """What a command noted of its results in a folder; empty where it noted nothing.
 
     Raises:
         UserError: it cannot be read.
     """
-    return read_json(folder / FILE) if (folder / FILE).is_file() else {}
+    file = folder / FILE.format(command=command)
+    return read_json(file) if file.is_file() else {}
 
 
 def _cells(row: Mapping[str, str]) -> Iterable[float]:

@@ -97,7 +97,7 @@ class Explanation:
     Attributes:
         tables: rows by the tables' names.
         maps: case -> name -> file.
-        made_with: model, settings, versions and command.
+        made_with: command of ours -> model, settings, versions and command as it was typed.
     """
 
     name: str
@@ -292,7 +292,8 @@ def read_explanation(folder: Path, name: str) -> Explanation:
             maps.setdefault(case, {}).update(
                 {f"uncertainty: {modalities.get(int(own), own)}": f for own, f in found.items() if own.isdigit()}
             )
-    return Explanation(name, tables, maps, read_provenance(folder))
+    notes = {command: read_provenance(folder, command) for command in ("explain", "uncertainty")}
+    return Explanation(name, tables, maps, {command: own for command, own in notes.items() if own})
 
 
 def image_names(dataset_json: Mapping[str, Any]) -> list[str]:

@@ -179,11 +179,12 @@ def of_subsets(subsets: Subsets) -> Record:
 
 def of_explanation(explanation: Explanation) -> Record:
     """Of ``explain`` or ``uncertainty``."""
-    own = explanation.made_with
-    method = own.get("attribution")
-    attribution = {"attribution": shown(method), "steps of integrated gradients": str(own.get("steps"))}
-    told = {**of_identity(own), **(attribution if method else {}), **_of_made(own)}
-    return Record(f"Explanation: {explanation.name}", rows_of({"": told}, _count))
+    told = {}
+    for command, own in (explanation.made_with or {"": {}}).items():
+        method = own.get("attribution")
+        attribution = {"attribution": shown(method), "steps of integrated gradients": str(own.get("steps"))}
+        told[command] = {**of_identity(own), **(attribution if method else {}), **_of_made(own)}
+    return Record(f"Explanation: {explanation.name}", rows_of(told, "; ".join))
 
 
 def _of_made(told: Mapping[str, Any]) -> Told:
@@ -241,10 +242,13 @@ def shown_command(words: Sequence[str] | None) -> str:
 
 
 def _without_folders(word: str) -> str:
+    if re.match(r"-[^-=]*[/\\]", word):  # a flag of one letter and its value in one word
+        return word[:2] + last_part(word[2:])
     flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     return f"{flag}{equals}{last_part(value)}"
 
 
 def last_part(path: str) -> str:
-    """The name of a file or folder, whichever system it is of."""
-    return next((part for part in reversed(re.split(r"[/\\]", path)) if part), path)
+    """The name of a file or folder, whichever system it is of; what is not UTF-8 in it is escaped."""
+    last = next((part for part in reversed(re.split(r"[/\\]", path)) if part), path)
+    return last.encode("utf-8", "backslashreplace").decode()

@@ -44,6 +44,14 @@ def test_nnunets_checkpoints_pass(tmp_path):
     refuse_code(tmp_path / "optimizer.pth")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_a_folder_whose_name_is_not_utf8_does_no_harm(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xe4")
+    os.mkdir(folder)
+    torch.save({"weights": torch.ones(2)}, f"{folder}/checkpoint.pth")
+    refuse_code(f"{folder}/checkpoint.pth")
+
+
 def test_code_is_refused_and_not_run(tmp_path):
     torch.save({**CHECKPOINT, "extra": Harmful(tmp_path / "ran")}, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match=r"checkpoint\.pth would import \w+\.mkdir when loaded"):

@@ -176,7 +176,8 @@ def test_gates_are_run_again_in_the_backward_pass_with_the_same_noise():
 def test_slabs_give_what_the_whole_gives(monkeypatch, options):
     monkeypatch.setattr(ciml, "sample", lambda mean, variance: mean + variance)  # no noise
     found = []
-    for slab in (2**20, 2 * 4 * 5 * 3 * 2, 1):  # one, two, four slabs
+    one = 2 * 2 * 4 * 5 * 3  # elements of a slab that is one voxel thick, of four
+    for slab in (2**20, 3 * one, 2 * one, one):  # one slab, 3 + 1, two, four
         monkeypatch.setitem(ciml.SLAB, "cpu", slab)
         torch.manual_seed(0)
         segmentor = BUILD(options).train().backbone.segmentors[0]
@@ -185,8 +186,7 @@ def test_slabs_give_what_the_whole_gives(monkeypatch, options):
         skip, divergence = segmentor.hear_in_slabs(0, own, present, messages)
         (skip.square().sum() + (0 if divergence is None else divergence.sum())).backward()
         weights = segmentor.gates[0].attend(own, present, *messages)
-        whole, _ = segmentor.hear(0, own, weights, present, *messages)
-        torch.testing.assert_close(skip, whole)
+        torch.testing.assert_close((skip, divergence), segmentor.hear(0, own, weights, present, *messages))
         gradients = [own.grad, *(m.grad for m in messages), segmentor.gates[0].mean.weight.grad]
         found.append([skip, *gradients, *([] if divergence is None else [divergence])])
     for others in found[1:]:

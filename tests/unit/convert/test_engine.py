@@ -286,7 +286,11 @@ def start_stalled(source, raw):
         [sys.executable, STALLED, *command], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+    deadline = time.monotonic() + 300
     while process.poll() is None and len(list(raw.glob(".*/dataset/*/*"))) < min(2, cpu_cores()):
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(process.communicate()[0])
         time.sleep(0.05)
     return process
 

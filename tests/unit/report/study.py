@@ -188,7 +188,7 @@ def write_subsets(folder):
         (folder / model).mkdir()
         (folder / model / "model.json").write_text(json.dumps(identity))
     note = {"baseline": "A_5epochs", "made": made("evaluate", "--all-subsets", r"C:\Users\me\labelsTs")}
-    (folder / "provenance.json").write_text(json.dumps(note))
+    (folder / "provenance_evaluate.json").write_text(json.dumps(note))
     return scores
 
 
@@ -204,7 +204,7 @@ def write_explained(folder):
         writer.writerow(("case_1", "PET", LABEL, 0.3, 0.3, 0, "", ""))
         writer.writerow(("case_10", "1", LABEL, "", "", 0.5, "", ""))  # a modality whose name is a number
     note = {**IDENTITY, "attribution": None, "steps": 20, "made": made("explain", "-o=/home/me/explained/")}
-    (folder / "provenance.json").write_text(json.dumps(note))
+    (folder / "provenance_explain.json").write_text(json.dumps(note))
     save(folder / "complementary" / "case_1_CT_core_from_PET.nii.gz", np.full(SHAPE, 0.5, np.float32))
 
 

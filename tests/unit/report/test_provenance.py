@@ -194,7 +194,7 @@ class TestOthers:
         assert (own["checkpoints"], own["mirrored"], own["versions"]) == (CHECKPOINT, "yes", VERSIONS)
         assert own["command"] == "nnunet-multimodal explain -o=explained"
         assert "attribution" not in own
-        more = {**explanation.made_with, "attribution": "gradcam"}
+        more = {"explain": {**explanation.made_with["explain"], "attribution": "gradcam"}}
         assert alone(provenance.of_explanation(replace(explanation, made_with=more)))["attribution"] == "gradcam"
         own = alone(provenance.of_explanation(replace(explanation, made_with={})))
         assert set(own.values()) == {provenance.UNKNOWN}
@@ -226,6 +226,8 @@ class TestPage:
             (["predict", "-i", r"D:\me\images"], "nnunet-multimodal predict -i images"),
             (["predict", "--class-scale", "a=2", "-o", "."], "nnunet-multimodal predict --class-scale a=2 -o ."),
             (["predict", "-i", "/"], "nnunet-multimodal predict -i /"),
+            (["predict", "-i/home/me/images"], "nnunet-multimodal predict -iimages"),
+            (["predict", "-i", "/home/me/M\udcfcller"], r"nnunet-multimodal predict -i 'M\udcfcller'"),
         ],
     )
     def test_commands_without_folders(self, typed, expected):
