@@ -121,7 +121,7 @@ class Measured:
     """Of held-out slices: a list for every column, the patients, what the majority mask reaches, and the curve."""
 
     columns: dict[str, list[float]] = field(default_factory=dict)
-    patients: list[int] = field(default_factory=list)
+    patients: list[str] = field(default_factory=list)
     majority: list[float] = field(default_factory=list)
     curve: ReliabilityCurve | None = None
 
