@@ -17,7 +17,7 @@ def planning_memory(result: Result, table: Table) -> str:
         "estimate that planning goes by, the memory that is kept for the backward pass with the estimate's error, and",
         "the peak of a step, with parameters and momentum, with the error against that. Asked for: at most",
         f"{100 * result['bound']:.0f} %. Too high an estimate makes patches smaller than need be, too low a one lets",
-        "a plan need more than its target.",
+        "a plan need more than its target. Planners add the parameters of further encoders, which is not in this estimate.",
     ]
     for patch, contenders in result["results"].items():
         rows = [
@@ -38,7 +38,8 @@ def planning_target(result: Result, table: Table) -> str:
         "of the plan that each planner makes for its own memory target. Counted on tensors without content; a GPU",
         "needs more, for nnU-Net's network too (kernels' workspaces, context): its authors [measured]"
         "(https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/resenc_presets.md) 7.7 GB with its plans for 8",
-        "GB and 9.1 GB with ResEncM's. What needs no more than nnU-Net's own fits where that fits.",
+        "GB and 9.1 GB with ResEncM's. What needs no more than nnU-Net's own fits where that fits;",
+        "plans with more than 8 GB of tensors alone do not fit 8 GB, as ResEncM's own did not.",
     ]
     for data, encoders in result["results"].items():
         own = result["data"][data]
