@@ -17,7 +17,7 @@ def planning_memory(result: Result, table: Table) -> str:
         "estimate that planning goes by, the memory that is kept for the backward pass with the estimate's error, and",
         "the peak of a step, with parameters and momentum, with the error against that. Asked for: at most",
         f"{100 * result['bound']:.0f} %. Too high an estimate makes patches smaller than need be, too low a one lets",
-        "a plan need more than its target. Planners add the parameters of further encoders, which is not in this estimate.",
+        "a plan need more than its target. Planners add further encoders' parameters, which are not in this estimate.",
     ]
     for patch, contenders in result["results"].items():
         rows = [
